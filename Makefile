@@ -1,0 +1,37 @@
+# Targets: demo mini test check build assets clean. Each does its own set-up in .venv.
+PYTHON ?= python3
+STEPS ?=
+BIN := .venv/bin
+DEMO := $(if $(STEPS),--set train.steps=$(STEPS) --set data.root=mini-lamm:smoke --set train.output=runs/smoke)
+
+demo: build
+	$(BIN)/octavius demo $(DEMO)
+
+mini: build
+	$(BIN)/octavius demo --config mini --baseline --resume
+
+test: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+check: build
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+assets: build
+	$(BIN)/octavius assets
+
+build: .venv/ready
+
+.venv/ready: constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel torch || \
+	  { echo "torch could not be installed: is a package index reachable, and are 5 GB free?"; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[octavius,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info runs
+
+.PHONY: demo mini test check assets build clean

@@ -1,0 +1,151 @@
+"""Save and load the experts of a model: a folder with adapter_model.safetensors and adapter_config.json, like PEFT's.
+
+The weights file repeats the config in its metadata, so that a config and weights of two different saves are told apart.
+"""
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moe_lora.inject import apply, find_targets
+from moe_lora.layers import MoELoRAConfig, MoELoRALinear
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+_PEFT_TYPE = "MOE_LORA"
+# What must agree between a folder and a model that has experts already; the rest does not change the function.
+_FUNCTION = ("num_experts", "top_k", "rank", "alpha")
+
+
+def save(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Writes the experts of `model` and their config; each file is replaced whole or not at all.
+
+    Raises:
+        ValueError: the model has no experts.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError("model must have experts to save, got none; call moe_lora.apply first")
+    config = next(iter(layers.values())).config
+    text = json.dumps({"peft_type": _PEFT_TYPE, **asdict(config)}, indent=2, sort_keys=True) + "\n"
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(layers).items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = [folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_NAME, CONFIG_NAME)]
+    try:
+        save_file(tensors, temporary[0], metadata={"config": text})
+        temporary[1].write_text(text)
+        for path in temporary:
+            _flush(path)
+        for path, name in zip(temporary, (WEIGHTS_NAME, CONFIG_NAME), strict=True):
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """Loads what `save` wrote; a model without experts is given them first. Checks all before it changes anything.
+
+    Returns:
+        The model.
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or foreign, or does not fit the model (says where).
+    """
+    folder = Path(folder)
+    config, text = _read_config(folder / CONFIG_NAME)
+    tensors = _read_weights(folder / WEIGHTS_NAME, text)
+    layers = _layers(model)
+    if layers:
+        own = next(iter(layers.values())).config
+        for name in _FUNCTION:
+            if getattr(own, name) != getattr(config, name):
+                raise ValueError(f"{name} must be {getattr(own, name)} like the model's, got {getattr(config, name)}")
+        expected = {key: tensor.shape for key, tensor in _tensors(layers).items()}
+    else:
+        expected = {}
+        for name, base in find_targets(model, config).items():
+            expected[f"{name}.lora_a"] = (config.num_experts, base.in_features, config.rank)
+            expected[f"{name}.lora_b"] = (config.num_experts, config.rank, base.out_features)
+    _check_tensors(tensors, expected)
+    if not layers:
+        apply(model, config)
+        layers = _layers(model)
+    with torch.no_grad():
+        for key, tensor in _tensors(layers).items():
+            tensor.copy_(tensors[key])
+    return model
+
+
+def _layers(model: nn.Module) -> dict[str, MoELoRALinear]:
+    """By name as in the bare model, without what DDP and torch.compile put in front."""
+    return {
+        name.removeprefix("module.").replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, MoELoRALinear)
+    }
+
+
+def _tensors(layers: dict[str, MoELoRALinear]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in ("lora_a", "lora_b")}
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _read_config(path: Path) -> tuple[MoELoRAConfig, str]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON, got {error}") from error
+    if not isinstance(values, dict) or values.pop("peft_type", None) != _PEFT_TYPE:
+        raise ValueError(f"{path} must have peft_type {_PEFT_TYPE}, as moe_lora.save writes it")
+    names = {field.name for field in fields(MoELoRAConfig)}
+    if set(values) != names:
+        raise ValueError(f"{path} must have the keys {sorted(names)}, got {sorted(values)}")
+    try:
+        return MoELoRAConfig(**values), text
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold a valid config: {error}") from error
+
+
+def _read_weights(path: Path, config_text: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got {error}") from error
+    try:
+        same = json.loads(metadata.get("config", "null")) == json.loads(config_text)
+    except json.JSONDecodeError:
+        same = False
+    if not same:
+        raise ValueError(f"{path} must be from the same save as {CONFIG_NAME}, got another config in its metadata")
+    return tensors
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict) -> None:
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights must be those of the model's experts, got {len(missing)} missing {missing[:3]} and "
+            f"{len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != tuple(shape):
+            raise ValueError(f"{key} must be {tuple(shape)}, got {tuple(tensors[key].shape)}")
+        if not tensors[key].is_floating_point():
+            raise ValueError(f"{key} must be floating point, got {tensors[key].dtype}")

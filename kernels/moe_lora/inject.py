@@ -1,0 +1,136 @@
+"""`apply` puts experts into a model, `route` tells it which of them a batch uses."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lora.layers import MoELoRAConfig, MoELoRALinear, RouteSlot
+from moe_lora.routing import Routing
+
+
+def apply(model: nn.Module, config: MoELoRAConfig) -> nn.Module:
+    """Replaces the config's target linears by `MoELoRALinear`, in place, and freezes every other parameter.
+
+    Returns:
+        The model.
+    Raises:
+        ValueError: no linear matches (names what there is), the model has experts already, a target is no plain nn.Linear,
+            or the model's code would go round the layers.
+    """
+    targets = find_targets(model, config)
+    model.requires_grad_(False)
+    slot = RouteSlot()
+    layers: dict[nn.Module, MoELoRALinear] = {}
+    for name, base in targets.items():
+        if base not in layers:  # one linear may have two names
+            layers[base] = MoELoRALinear.from_linear(base, config, slot)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[base])
+    return model
+
+
+def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear]:
+    """The linears that `apply` would replace, by name; raises what it raises, and changes nothing."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if isinstance(module, MoELoRALinear):
+            raise ValueError(f"the model must have no experts yet, got a MoELoRALinear at {name or 'its root'}")
+        if getattr(getattr(module, "config", None), "pretraining_tp", 1) > 1:
+            raise ValueError(
+                "config.pretraining_tp must be 1, got more: such a model slices q_proj.weight itself and would go round "
+                "the experts; set model.config.pretraining_tp = 1"
+            )
+    matches = _matcher(model, config.target_modules)
+    targets = {name: module for name, module in modules.items() if name and matches(name, module)}
+    if not targets:
+        linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
+        raise ValueError(
+            f"target_modules must match a linear, got {config.target_modules!r}; linears: {', '.join(linears)}"
+        )
+    for name, module in targets.items():
+        if type(module) is not nn.Linear:
+            raise ValueError(f"targets must be nn.Linear, got {type(module).__name__} at {name}")
+    return targets
+
+
+@contextmanager
+def route(model: nn.Module, routing: Routing) -> Iterator[None]:
+    """Within it, the experts of `model` use `routing`, in this thread; the innermost of nested ones counts.
+
+    Holds for `model.generate` with beams and num_return_sequences too, and for what gradient checkpointing of transformers
+    recomputes later, in backward.
+
+    Raises:
+        ValueError: the model has no experts, or parts of it were given experts by separate calls of `apply`.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
+    slot = _prepare(model)
+    before, slot.routing = slot.routing, routing
+    try:
+        yield
+    finally:
+        slot.routing = before
+
+
+def _prepare(model: nn.Module) -> RouteSlot:
+    """The slot of the model's layers; also makes its gradient checkpointing carry the routing."""
+    slots, checkpointed = set(), []
+    for module in model.modules():
+        if isinstance(module, MoELoRALinear):
+            slots.add(module.slot)
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _RoutedCheckpoint):
+            checkpointed.append(module)
+    if len(slots) != 1:
+        what = "no experts; call moe_lora.apply first" if not slots else f"{len(slots)} parts applied apart; route each"
+        raise ValueError(f"model must have experts from one call of moe_lora.apply, got {what}")
+    slot = slots.pop()
+    for module in checkpointed:
+        module._gradient_checkpointing_func = _RoutedCheckpoint(module._gradient_checkpointing_func, slot)
+    return slot
+
+
+class _RoutedCheckpoint:
+    """Runs a checkpointed function, and its recomputation in backward, under the routing of its forward.
+
+    The gates go in as an argument, so that reentrant checkpointing, which detaches its arguments, returns their gradient.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], slot: RouteSlot):
+        self.checkpoint, self.slot = checkpoint, slot
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        routing = self.slot.routing
+        if routing is None:
+            return self.checkpoint(function, *args, **kwargs)
+        gates = routing.gates
+        if torch.is_grad_enabled() and not gates.requires_grad:
+            # reentrant checkpointing returns no gradient at all unless one argument requires it
+            gates = gates.detach().requires_grad_()
+        return self.checkpoint(partial(_under, self.slot, routing, function), gates, *args, **kwargs)
+
+
+def _under(
+    slot: RouteSlot, routing: Routing, function: Callable[..., Any], gates: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    before, slot.routing = slot.routing, routing.with_gates(gates)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        slot.routing = before
+
+
+def _matcher(model: nn.Module, target_modules: tuple[str, ...] | str) -> Callable[[str, nn.Module], bool]:
+    if target_modules == "all-linear":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return lambda name, module: type(module) is nn.Linear and module is not head
+    if isinstance(target_modules, str):
+        pattern = re.compile(target_modules)
+        return lambda name, module: pattern.fullmatch(name) is not None
+    return lambda name, module: any(name == target or name.endswith("." + target) for target in target_modules)

@@ -1,0 +1,115 @@
+"""`MoELoRALinear`: a frozen linear with E low-rank experts, in place of `nn.Linear`."""
+
+import math
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moe_lora.ops import linear
+from moe_lora.routing import Routing
+
+
+@dataclass(frozen=True)
+class MoELoRAConfig:
+    """What `apply` puts where.
+
+    Args:
+        num_experts, top_k, rank: E, K, R.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability on the input of the experts, in training only.
+        target_modules: names of linears, matched as the whole name or its end after a dot; or one str, a regular expression
+            for the whole name; or "all-linear", every nn.Linear but the output embedding.
+    """
+
+    num_experts: int = 4
+    top_k: int = 2
+    rank: int = 32
+    alpha: float = 32
+    dropout: float = 0.1
+    target_modules: tuple[str, ...] | str = field(default=("q_proj", "k_proj", "v_proj", "o_proj"))
+
+    def __post_init__(self):
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in ("num_experts", "top_k", "rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
+        if not self.alpha > 0 or not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be positive, got {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if not self.target_modules or not all(isinstance(name, str) and name for name in self.target_modules):
+            raise ValueError(f"target_modules must be names of linears or one str, got {self.target_modules!r}")
+
+
+class RouteSlot(threading.local):
+    """Where the layers of one model find the routing of the batch; each thread has its own.
+
+    A `threading.local` and not a `ContextVar`, because torch.compile traces the one and not the other.
+    """
+
+    routing: Routing | None = None
+
+    def __reduce__(self):
+        return RouteSlot, ()
+
+
+class MoELoRALinear(nn.Module):
+    """y = x Wᵀ + bias + (alpha / R) Σ_k g_k drop(x) A_e B_e, with the routing of `moe_lora.route` or an explicit one.
+
+    Attributes: weight [F, D] and bias [F], the frozen base; lora_a [E, D, R] and lora_b [E, R, F], trainable, float32 also
+    over a bf16 base (float64 over float64); in_features, out_features, scale, config.
+
+    A starts as U(±1/sqrt(D)) like in an ordinary LoRA, each expert with its own draw; B starts at zero.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, config: MoELoRAConfig, slot: RouteSlot | None = None
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.config = config
+        self.scale = config.alpha / config.rank
+        self.weight = weight.requires_grad_(False)
+        self.bias = bias if bias is None else bias.requires_grad_(False)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        E, R = config.num_experts, config.rank
+        self.lora_a = nn.Parameter(torch.empty(E, self.in_features, R, dtype=dtype, device=weight.device))
+        self.lora_b = nn.Parameter(torch.empty(E, R, self.out_features, dtype=dtype, device=weight.device))
+        self.slot = slot or RouteSlot()
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, base: nn.Linear, config: MoELoRAConfig, slot: RouteSlot | None = None) -> "MoELoRALinear":
+        """Takes over the base's parameters, which it freezes; no copy."""
+        layer = cls(base.weight, base.bias, config, slot)
+        layer.train(base.training)
+        return layer
+
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.lora_a, -bound, bound)
+        nn.init.zeros_(self.lora_b)
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        if routing is None:
+            routing = self.slot.routing
+            if routing is None:
+                raise RuntimeError(
+                    "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in the "
+                    "same thread, or pass routing="
+                )
+        dropout = self.config.dropout if self.training else 0.0
+        return linear(x, self.weight, self.bias, self.lora_a, self.lora_b, routing, self.scale, dropout)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"num_experts={config.num_experts}, rank={config.rank}, scale={self.scale:g}, dropout={config.dropout}"
+        )

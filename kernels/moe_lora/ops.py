@@ -1,0 +1,170 @@
+"""The op `moe_lora::linear`: checks at the door, dispatch, autograd.
+
+    y_t = x_t Wᵀ + bias + s Σ_k g_{i,k} drop(x_t) A_{e(i,k)} B_{e(i,k)},  t a row of instance i
+
+Saved for backward: x itself, h [T, K·R], the parameters, the routing and the seed.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lora import dispatch
+from moe_lora.dropout import as_seed
+from moe_lora.routing import Plan, Routing
+
+_LIBRARY = torch.library.Library("moe_lora", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor experts, Tensor gates, "
+    "Tensor? offsets, float scale, float dropout, Tensor? seed, str backend) -> (Tensor y, Tensor h)"
+)
+_LIBRARY.define(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, Tensor experts, "
+    "Tensor gates, Tensor? offsets, float scale, float dropout, Tensor? seed, str backend, bool[] needs) "
+    "-> (Tensor dx, Tensor da, Tensor db, Tensor dgates)"
+)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    routing: Routing,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A frozen linear plus the chosen experts' low-rank updates of each row.
+
+        y_t = x_t Wᵀ + bias + scale Σ_k g_{i,k} drop(x_t) A_{e(i,k)} B_{e(i,k)},  t a row of instance i
+
+    Args:
+        x: [..., D]; `Routing` says which rows belong to which instance.
+        weight, bias: [F, D] and [F] or None, frozen, in x's dtype; under autocast cast like in F.linear.
+        lora_a, lora_b: [E, D, R], [E, R, F], in any floating dtype; computed in x's, gradients in their own.
+        dropout: probability, applied to x before A only; the mask is a function of the seed, see `dropout.py`.
+        seed: None draws one from torch's default CPU generator; a 0-dim int64 tensor on the CPU avoids a synchronisation.
+        backend: "auto" or a name in `backends()`; a named one runs or raises.
+    Returns:
+        [..., F] in x's dtype.
+    Raises:
+        ValueError, TypeError: arguments disagree, weight or bias require grad, or the backend cannot run this call.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    _check(x, weight, bias, lora_a, lora_b, routing, dropout)
+    seed = as_seed(seed) if dropout else None
+    y, _ = torch.ops.moe_lora.linear(
+        x, weight, bias, lora_a, lora_b, routing.experts, routing.gates, routing.offsets, scale, dropout, seed, backend
+    )
+    return y
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, routing: Routing, dropout: float
+):
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [..., D], got {tuple(x.shape)} {x.dtype}")
+    D = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != D:
+        raise ValueError(f"weight must be [F, D] with D = {D} like x, got {tuple(weight.shape)}")
+    F = weight.shape[0]
+    if bias is not None and bias.shape != (F,):
+        raise ValueError(f"bias must be [F] with F = {F} like weight, got {tuple(bias.shape)}")
+    if lora_a.dim() != 3 or lora_a.shape[1] != D:
+        raise ValueError(f"lora_a must be [E, D, R] with D = {D} like x, got {tuple(lora_a.shape)}")
+    E, _, R = lora_a.shape
+    if lora_b.shape != (E, R, F):
+        raise ValueError(f"lora_b must be [E, R, F] = {(E, R, F)} like lora_a and weight, got {tuple(lora_b.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype} like x, got {tensor.dtype}; cast one, or use torch.autocast")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must be frozen, got requires_grad=True; call {name}.requires_grad_(False)")
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("routing", routing.experts)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    routing.check(x.shape, E)
+
+
+def _forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):
+    plan = Plan(experts, gates, offsets, scale, dropout, seed)
+    module = dispatch.choose(backend, x, weight, lora_a, plan)
+    with _no_autocast(x):
+        return module.forward(x, weight, bias, lora_a, lora_b, plan)
+
+
+def _backward(
+    dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs
+):  # the schema's order
+    plan = Plan(experts, gates, offsets, scale, dropout, seed)
+    module = dispatch.choose(backend, x, weight, lora_a, plan)
+    with _no_autocast(x):
+        grads = module.backward(dy, x, weight, lora_a, lora_b, h, plan, needs)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):
+    T = 1
+    for size in x.shape[:-1]:
+        T *= size
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(T, experts.shape[1] * lora_a.shape[2])
+
+
+def _fake_backward(dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs):
+    inputs = (x, lora_a, lora_b, gates)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for tensor, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, _, lora_a, lora_b, experts, gates, offsets, ctx.scale, ctx.dropout, seed, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], experts, gates, offsets, seed)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple:
+    x, weight, lora_a, lora_b, h, experts, gates, offsets, seed = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0], wanted[3], wanted[4], wanted[6]]  # x, lora_a, lora_b, gates
+    grads = torch.ops.moe_lora.linear_backward(
+        dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, ctx.scale, ctx.dropout, seed, ctx.backend, needs
+    )
+    dx, da, db, dgates = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx, None, None, da, db, None, dgates, None, None, None, None, None
+
+
+def _autograd_of_backward(ctx: Any, *grads: Tensor) -> tuple:
+    raise RuntimeError("moe_lora.linear has no second derivative; do not use create_graph=True through it")
+
+
+def _no_autocast(x: Tensor):
+    """The backends choose their dtypes themselves; autocast would cast their fp32 sums once more."""
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+_LIBRARY.impl("linear", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("moe_lora::linear", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("moe_lora::linear_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("moe_lora::linear", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("moe_lora::linear_backward", _autograd_of_backward, lib=_LIBRARY)

@@ -1,0 +1,296 @@
+"""The plain PyTorch backend: any device, any dtype, and the oracle that every backend is measured against.
+
+    h_t = drop(x_t) A_e  for the K experts e of t's instance                              [T, K·R], kept for backward
+    y_t = x_t Wᵀ + bias + Σ_k s g_k h_{t,k} B_e
+    ds = dy Bᵀ,  dg_k = s Σ_t <ds_{t,k}, h_{t,k}>,  dh_{t,k} = s g_k ds_{t,k}
+    dx = dy W + drop(dh Aᵀ),  dA_e = Σ drop(x)ᵀ dh,  dB_e = Σ (s g h)ᵀ dy
+
+The rank-space products have two forms, `_Gather` and `_Concat`; `form` picks by shape. Both are deterministic on every
+device. h is saved without gates and scale: folded in, the gate gradient would need a division by a gate that may be 0. The
+1 / (1 - p) of dropout is part of s. A NaN in one instance stays in that instance's rows of y, dx and dgates; in the sums
+over instances, dA and dB, `_Gather` keeps it to that instance's experts, `_Concat` does not.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lora.dropout import keep_mask, keep_scale
+from moe_lora.routing import Plan
+
+# Up to here a call is bound by overheads and by copies of parameters, not by work.
+_FEW_ROWS = 16
+# What copying costs, in rows of GEMM of one expert: A and B of one pick of one instance, and all A once. Measured on CPU.
+_COPIES_FEW, _COPIES_FORWARD, _COPIES_BACKWARD = (6, 20), (20, 20), (70, 70)
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine."""
+    return None
+
+
+def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None:
+    """Why this backend cannot run this call."""
+    return None
+
+
+def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
+    """The form that would run, and why."""
+    if plan.offsets is not None:
+        return "concat", "packed rows (offsets) have no equal runs to batch"
+    T, (N, K), E = x.shape[:-1].numel(), plan.experts.shape, lora_a.shape[0]
+    name, back = form(T, N, K, E), form(T, N, K, E, backward=True)
+    why = f"the cheaper for T = {T}, N = {N}, K = {K}, E = {E}"
+    return name, why if back == name else f"{why}; backward {back}"
+
+
+def form(T: int, N: int, K: int, E: int, backward: bool = False) -> str:
+    """The cheaper form for N equal runs, "gather" or "concat", by rows of GEMM and what is copied."""
+    copies = _COPIES_BACKWARD if backward else _COPIES_FEW if T <= _FEW_ROWS else _COPIES_FORWARD
+    return "gather" if K * (T + copies[0] * N) <= E * (T + copies[1]) else "concat"
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
+    y, rows = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1])
+    if not rows.shape[0]:
+        return y, x.new_empty(0, plan.experts.shape[1] * lora_a.shape[2])
+    if plan.dropout:
+        rows = rows * _keep(rows, plan)
+    products = _products(rows, lora_a, plan)
+    h = products.shrink(rows, lora_a)
+    products.expand_onto(y.view(-1, y.shape[-1]), products.fold(h), lora_b)
+    return y, h.to(x.dtype)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, h: Tensor, plan: Plan, needs: list[bool]
+) -> list[Tensor | None]:
+    """dx, dA, dB and dgates, each in its tensor's dtype, or None where `needs` says so."""
+    if not h.shape[0]:
+        inputs = (x, lora_a, lora_b, plan.gates)
+        return [torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needs, strict=True)]
+    need_dx, need_da, need_db, need_dgates = needs
+    dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    keep = _keep(rows, plan) if plan.dropout and (need_dx or need_da) else None
+    products = _products(rows, lora_a, plan, backward=True)
+    dx = da = db = dgates = None
+    if need_db:
+        db = products.db(products.fold(h), dy, lora_b)
+    if need_dx or need_da or need_dgates:
+        ds = products.shrink_dy(dy, lora_b)
+        if need_dgates:
+            dgates = products.dgates(ds, h, plan)
+        if need_dx or need_da:
+            dh = products.fold(ds)
+        if need_dx:
+            dx = products.expand_dh(dh, lora_a).to(x.dtype)
+            dx = (dx if keep is None else dx.mul_(keep)).addmm_(dy, weight).view(x.shape)
+        if need_da:
+            da = products.da(rows if keep is None else rows * keep, dh, lora_a)
+    return [dx, da, db, dgates]
+
+
+def oracle(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    plan: Plan,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """The equation, token by token, in float64 and with PyTorch's own autograd; for tests only.
+
+    Args:
+        keep: [T, D] ones and zeros of the dropout; None without dropout.
+    Returns:
+        [T, F] float64.
+    """
+    rows = x.reshape(-1, x.shape[-1]).double()
+    N, T = plan.experts.shape[0], rows.shape[0]
+    ends = plan.offsets.tolist()[1:] if plan.offsets is not None else [(i + 1) * T // N for i in range(N)]
+    scale = plan.scale * (keep_scale(plan.dropout) if keep is not None else 1.0)
+    out, i = [], 0
+    for t in range(T):
+        while t >= ends[i]:
+            i += 1
+        y = weight.double() @ rows[t] + (0 if bias is None else bias.double())
+        dropped = rows[t] if keep is None else rows[t] * keep[t].double()
+        for k, e in enumerate(plan.experts[i].tolist()):
+            y = y + scale * plan.gates[i, k].double() * (dropped @ lora_a[e].double() @ lora_b[e].double())
+        out.append(y)
+    return torch.stack(out) if out else rows.new_zeros(0, weight.shape[0])
+
+
+def _keep(rows: Tensor, plan: Plan) -> Tensor:
+    assert plan.seed is not None, "dropout needs a seed"
+    return keep_mask(plan.seed, rows, plan.dropout)
+
+
+def _products(rows: Tensor, lora_a: Tensor, plan: Plan, backward: bool = False) -> "_Gather | _Concat":
+    (N, K), T, E = plan.experts.shape, rows.shape[0], lora_a.shape[0]
+    if plan.offsets is not None:
+        N = T
+    return (_Gather if form(T, N, K, E, backward) == "gather" else _Concat)(rows, lora_a, plan)
+
+
+class _Products:
+    """What both forms share: N equal runs of T rows, and gates·s spread over the rank.
+
+    Computed in x's dtype; for few rows in the parameters' own where that is wider, which saves casting them.
+    """
+
+    def __init__(self, rows: Tensor, lora_a: Tensor, plan: Plan):
+        self.T, self.dtype = rows.shape[0], rows.dtype
+        if self.T <= _FEW_ROWS:
+            self.dtype = torch.promote_types(rows.dtype, lora_a.dtype)
+        self.E, _, self.R = lora_a.shape
+        self.experts, gates = plan.experts, plan.gates
+        if plan.offsets is not None:  # every row becomes its own instance
+            row = torch.arange(self.T, dtype=torch.int32, device=rows.device)
+            instance = torch.searchsorted(plan.offsets[1:], row, right=True)
+            self.experts, gates = self.experts[instance], gates[instance]
+        self.N, self.K = self.experts.shape
+        self.scale = plan.scale * keep_scale(plan.dropout)
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.gates = gates.to(wide) * self.scale  # [N, K]
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """Gates and s times h or ds [T, K·R]."""
+        gates = self.gates.repeat_interleave(self.R, 1)[:, None]  # [N, 1, K·R]
+        return (h.view(self.N, -1, self.K * self.R) * gates).to(self.dtype).view(self.T, -1)
+
+    def dgates(self, ds: Tensor, h: Tensor, plan: Plan) -> Tensor:
+        product = (ds.to(self.gates.dtype) * h).view(self.N, -1, self.K * self.R).sum(1)
+        dgates = product.view(self.N, self.K, self.R).sum(-1) * self.scale
+        if plan.offsets is not None:
+            dgates = torch.segment_reduce(dgates, "sum", offsets=plan.offsets.long(), unsafe=True)
+        return dgates.to(plan.gates.dtype)
+
+
+class _Gather(_Products):
+    """A and B of each instance's K experts copied to [N, D, K·R] and [N, K·R, F], then one bmm per product.
+
+    T·K·R work per feature, but N·K·R copied.
+    """
+
+    def __init__(self, rows: Tensor, lora_a: Tensor, plan: Plan):
+        super().__init__(rows, lora_a, plan)
+        self.flat = self.experts.flatten()
+        self.select_first = self.flat.numel() < self.E
+
+    def shrink(self, rows: Tensor, lora_a: Tensor) -> Tensor:
+        if self.T <= _FEW_ROWS:  # bringing A into one block per instance would cost more than repeating the rows
+            a = lora_a.index_select(0, self.flat).to(self.dtype)  # [N·K, D, R]
+            h = torch.bmm(self.runs(rows).repeat_interleave(self.K, 0), a)
+            return h.view(self.N, self.K, -1, self.R).transpose(1, 2).reshape(self.T, -1)
+        return torch.bmm(self.runs(rows), self.gather_a(lora_a)).view(self.T, -1)
+
+    def shrink_dy(self, dy: Tensor, lora_b: Tensor) -> Tensor:
+        return torch.bmm(self.runs(dy), self.gather_b(lora_b).transpose(1, 2)).view(self.T, -1)
+
+    def fold(self, h: Tensor) -> Tensor:
+        return self.scaled(h)
+
+    def expand_onto(self, y: Tensor, s: Tensor, lora_b: Tensor) -> None:
+        y, s, b = y.view(self.N, -1, y.shape[-1]), self.runs(s), self.gather_b(lora_b)
+        y.baddbmm_(s, b) if y.dtype == self.dtype else y.add_(torch.bmm(s, b))
+
+    def expand_dh(self, dh: Tensor, lora_a: Tensor) -> Tensor:
+        return torch.bmm(self.runs(dh), self.gather_a(lora_a).transpose(1, 2)).view(self.T, -1)
+
+    def da(self, rows: Tensor, dh: Tensor, lora_a: Tensor) -> Tensor:
+        pairs = torch.bmm(self.runs(rows).transpose(1, 2), self.runs(dh))  # [N, D, K·R]
+        return self.grouped(pairs.view(self.N, -1, self.K, self.R).transpose(1, 2), lora_a)
+
+    def db(self, s: Tensor, dy: Tensor, lora_b: Tensor) -> Tensor:
+        pairs = torch.bmm(self.runs(s).transpose(1, 2), self.runs(dy))  # [N, K·R, F]
+        return self.grouped(pairs.view(self.N, self.K, self.R, -1), lora_b)
+
+    def gather_a(self, lora_a: Tensor) -> Tensor:
+        if self.select_first:
+            a = _side_by_side(lora_a.index_select(0, self.flat), self.dtype)
+        else:
+            a = _side_by_side(lora_a, self.dtype).index_select(1, self.flat)
+        return a.view(-1, self.N, self.K * self.R).transpose(0, 1)  # from [D, N·K, R]
+
+    def gather_b(self, lora_b: Tensor) -> Tensor:
+        if self.select_first:
+            b = lora_b.index_select(0, self.flat).to(self.dtype)
+        else:
+            b = lora_b.to(self.dtype).index_select(0, self.flat)
+        return b.view(self.N, self.K * self.R, -1)
+
+    def grouped(self, pairs: Tensor, like: Tensor) -> Tensor:
+        """Sum of [N, K, *, *] over the pairs of each expert."""
+        wide = torch.empty(pairs.shape, dtype=self.gates.dtype, device=pairs.device).copy_(pairs)
+        wide = wide.view(-1, *like.shape[1:])
+        out = torch.zeros(like.shape, dtype=wide.dtype, device=wide.device)
+        if out.device.type == "cpu":
+            out.index_add_(0, self.flat, wide)
+        else:  # sorts first; index_add_ would add by atomics, in any order
+            out.index_put_((self.flat,), wide, accumulate=True)
+        return out.to(like.dtype)
+
+    def runs(self, rows: Tensor) -> Tensor:
+        return rows.to(self.dtype).view(self.N, -1, rows.shape[-1])
+
+
+class _Concat(_Products):
+    """One GEMM with all E experts' A, of which K are picked; one with all B stacked, on zeros and the picked.
+
+    No copy per instance, but T·E·R work per feature.
+    """
+
+    def __init__(self, rows: Tensor, lora_a: Tensor, plan: Plan):
+        super().__init__(rows, lora_a, plan)
+        where = self.experts.long()[:, None, :, None].expand(-1, self.T // self.N, -1, self.R)
+        self.where = where.reshape(self.T, self.K, self.R)
+
+    def shrink(self, rows: Tensor, lora_a: Tensor) -> Tensor:
+        rows = rows.to(self.dtype)
+        if self.T <= _FEW_ROWS:  # a copy of A would cost more than reading the rows E times
+            h = torch.bmm(rows.expand(self.E, -1, -1), lora_a.to(self.dtype)).transpose(0, 1)
+        else:
+            h = (rows @ self.all_a(lora_a)).view(self.T, self.E, self.R)
+        return h.gather(1, self.where).view(self.T, -1)
+
+    def shrink_dy(self, dy: Tensor, lora_b: Tensor) -> Tensor:
+        ds = dy.to(self.dtype) @ self.all_b(lora_b).t()
+        return ds.view(self.T, self.E, self.R).gather(1, self.where).view(self.T, -1)
+
+    def fold(self, h: Tensor) -> Tensor:
+        s = self.scaled(h).view(self.T, self.K, self.R)
+        out = s.new_zeros(self.T, self.E, self.R)
+        for k in range(self.K):  # one k has no collisions, so that the order of additions is fixed
+            out.scatter_add_(1, self.where[:, k : k + 1], s[:, k : k + 1])
+        return out.view(self.T, -1)
+
+    def expand_onto(self, y: Tensor, s: Tensor, lora_b: Tensor) -> None:
+        b = self.all_b(lora_b)
+        y.addmm_(s, b) if y.dtype == self.dtype else y.add_(s @ b)
+
+    def expand_dh(self, dh: Tensor, lora_a: Tensor) -> Tensor:
+        return dh @ self.all_a(lora_a).t()
+
+    def da(self, rows: Tensor, dh: Tensor, lora_a: Tensor) -> Tensor:
+        pairs = (dh.t() @ rows.to(self.dtype)).view(self.E, self.R, -1).transpose(1, 2)
+        return torch.empty(lora_a.shape, dtype=lora_a.dtype, device=rows.device).copy_(pairs)
+
+    def db(self, s: Tensor, dy: Tensor, lora_b: Tensor) -> Tensor:
+        return (s.t() @ dy.to(self.dtype)).view(lora_b.shape).to(lora_b.dtype)
+
+    def all_a(self, lora_a: Tensor) -> Tensor:
+        return _side_by_side(lora_a, self.dtype).view(-1, self.E * self.R)
+
+    def all_b(self, lora_b: Tensor) -> Tensor:
+        return lora_b.to(self.dtype).reshape(self.E * self.R, -1)
+
+
+def _side_by_side(lora_a: Tensor, dtype: torch.dtype) -> Tensor:
+    """[E, D, R] as [D, E, R] in the given dtype, in one copy."""
+    E, D, R = lora_a.shape
+    return torch.empty(D, E, R, dtype=dtype, device=lora_a.device).copy_(lora_a.permute(1, 0, 2))

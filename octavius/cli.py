@@ -1,0 +1,85 @@
+"""The command `octavius`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from octavius import assets
+from octavius.chat import chat as ask
+from octavius.config import load_config
+from octavius.demo import demo as run_demo
+from octavius.evaluate import evaluate, write_answers
+from octavius.model import Octavius
+from octavius.report import score_table
+from octavius.train import load_data
+from octavius.train import train as run_train
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or a preset: demo, mini, octavius-2d.")]
+Settings = Annotated[list[str], typer.Option("--set", help="section.key=value, wins over the file. May be repeated.")]
+Checkpoint = Annotated[Path, typer.Option("--model", help="A folder that training wrote.")]
+
+
+@app.command("assets")
+def assets_command(names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None) -> None:
+    """Fetch and check the embedded weights and pictures."""
+    assets.fetch(names or None)
+    console.print(assets.status_table())
+
+
+@app.command()
+def train(config: ConfigOption, settings: Settings = [], resume: bool = False) -> None:  # noqa: B006
+    """Train a model."""
+    parsed = load_config(config, settings)
+    _, report = run_train(parsed, resume)
+    console.print(
+        f"{report['steps']} steps, {report['tokens_per_second']:.0f} tokens/s; model in {parsed.train.output}"
+    )
+
+
+@app.command()
+def chat(
+    question: str, image: Annotated[Path, typer.Option(help="A picture.")], model: Checkpoint = Path("runs/demo/model")
+) -> None:
+    """Ask about a picture; prints the answer and the experts that gave it."""
+    answer, experts = ask(Octavius.from_folder(model), image, question)
+    console.print(answer, markup=False)
+    console.print("experts: " + ", ".join(f"{e} ({weight:.2f})" for e, weight in experts), style="dim")
+
+
+@app.command("eval")
+def evaluate_command(
+    config: ConfigOption,
+    settings: Settings = [],
+    model: Checkpoint = Path("runs/demo/model"),
+    file: str = "test.json",  # noqa: B006
+) -> None:
+    """Score a model on the questions of `data.root`/FILE, with their own pictures and blind."""
+    loaded = Octavius.from_folder(model)
+    records, store = load_data(loaded, load_config(config, settings), file)
+    scores, answers = evaluate(loaded, records, store)
+    blind, _ = evaluate(loaded, records, store, blind=True)
+    write_answers(model / f"answers-{Path(file).stem}.jsonl", records, answers)
+    console.print(score_table({"scores": {"moe": scores, "blind": blind}}))
+
+
+@app.command()
+def demo(config: ConfigOption = "demo", settings: Settings = [], resume: bool = False) -> None:  # noqa: B006
+    """Train, route, answer, score: the whole job, with a report to look at."""
+    console.print(score_table(run_demo(load_config(config, settings), resume)))
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line, not in a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""One run as frozen dataclasses, read from a YAML file or a named preset of `octavius/configs/`."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from moe_lora import MoELoRAConfig
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Who chooses the experts, and from what.
+
+    mode: `instance` routes a question once; `dense` weighs all experts; `token` routes every token for itself.
+    input: the text that the gate reads.
+    include_padding: the mean runs over padding too, as upstream's does; for its checkpoints only.
+    load_balancing: weight of the load-balancing loss, 0 for none.
+    """
+
+    mode: Literal["instance", "dense", "token"] = "instance"
+    input: Literal["question", "system+question"] = "question"
+    include_padding: bool = False
+    load_balancing: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The parts. `llm` and `tower` are names of `octavius assets`, Hugging Face names, or folders."""
+
+    llm: str = "smollm2"
+    tower: str = "efficientnet-lite0"
+    tower_layer: int = -2  # of a ViT: which hidden state becomes the tokens
+    tower_merge: int = 1  # of a ViT: join merge×merge neighbouring tokens into one
+    projector: Literal["linear", "mlp"] = "linear"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attn_implementation: str | None = None  # None: flash_attention_2 on a GPU that has it, else the fastest here
+    system: bool = False  # begin with the task type's system message
+    gate: GateConfig = field(default_factory=GateConfig)
+    lora: MoELoRAConfig = field(
+        default_factory=lambda: MoELoRAConfig(target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the records are. `mini-lamm:SIZE` builds the embedded data of that size; else a folder with `train.json`."""
+
+    root: str = "mini-lamm:demo"
+    train: str = "train.json"
+    images: str | None = None  # folder that the records' image paths start from; None: beside the JSON file
+    max_tokens: int = 400  # text after the picture is cut to this many tokens
+    cache_features: bool = True  # compute each picture's tower features once and keep them on disk
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run on `transformers.Trainer`."""
+
+    output: str = "runs/octavius"
+    steps: int = -1  # optimizer steps; -1 trains `epochs` epochs
+    epochs: float = 2.0
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-3
+    warmup: float = 0.05  # fraction of the steps
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile the decoder layers: pays from about five minutes of training
+    save_steps: int = 200
+    log_steps: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def load_config(source: str | Path, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
+    """Read a run.
+
+    Args:
+        source: a YAML file, or the name of a preset (`demo`, `mini`, ...).
+        overrides: `section.key=value` settings that win over the file; values are YAML.
+
+    Raises:
+        ValueError: no such file or preset, not YAML, an unknown key (the nearest known one is named), a wrong type.
+    """
+    path = Path(source)
+    if not path.is_file() and (PRESETS / f"{source}.yaml").is_file():
+        path = PRESETS / f"{source}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise ValueError(f"config must be a YAML file or one of the presets {names}, got {str(source)!r}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"a setting must read section.key=value, got {item!r}")
+        try:
+            _assign(values, key.split("."), yaml.safe_load(value))
+        except (yaml.YAMLError, TypeError) as error:
+            raise ValueError(f"cannot set {item!r}: {error}") from error
+    return from_dict(Config, values, str(path))
+
+
+def from_dict(cls: type, values: Any, where: str) -> Any:
+    """Build the dataclass `cls` from nested dictionaries; unknown keys and wrong types are errors."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be a mapping of {cls.__name__}'s keys, got {type(values).__name__}")
+    kinds = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in kinds:
+            nearest = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
+        arguments[key] = _convert(kinds[key], value, f"{where}: {key}")
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where)
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(f"{where}: must be one of {', '.join(map(str, options))}, got {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        for option in options:
+            if option is not type(None):
+                try:
+                    return _convert(option, value, where)
+                except ValueError:
+                    continue
+        raise ValueError(f"{where}: must be {kind}, got {value!r}")
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: must be a list, got {value!r}")
+        return origin(value)
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 5e-4 as a string
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _assign(values: dict, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+    values[keys[-1]] = value

@@ -1,0 +1,133 @@
+"""The whole job on one machine: train, route, answer, score; a table, `metrics.json` and `report.html` to look at."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octavius.config import Config
+from octavius.data import Record
+from octavius.evaluate import Answers, evaluate, routing_map, write_answers
+from octavius.metrics import parse_boxes
+from octavius.model import Octavius
+from octavius.report import plots, write_report
+from octavius.train import load_data, train
+
+
+def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[str, Any]:
+    """Train as `config` says and score on held-out pictures, with them and blind.
+
+    Args:
+        config: the run; everything is written under `train.output`.
+        resume: go on where an earlier run stopped.
+        baseline: also train and score a single LoRA of equal active rank on the same data and budget.
+
+    Returns:
+        what `metrics.json` holds: {"run": ..., "scores": {column: scores}, "zeroshot": {column: scores}}.
+    """
+    folder = Path(config.train.output)
+    model, report, scores, zeroshot, records, answers = _train_and_score(config, folder / "model", resume)
+    metrics = {
+        "run": _conditions(config, model, report, answers),
+        "scores": {"moe": scores[0], "blind": scores[1]},
+        "zeroshot": {"moe": zeroshot[0], "blind": zeroshot[1]},
+    }
+    routing = routing_map(records, answers.weights)
+    write_answers(folder / "answers.jsonl", records, answers)
+    losses = {"LoRA-MoE": report["loss"]}
+    if baseline:
+        lora = config.model.lora
+        single = replace(lora, num_experts=1, top_k=1, rank=lora.rank * lora.top_k, alpha=lora.alpha * lora.top_k)
+        plain = replace(config, model=replace(config.model, lora=single))
+        _, report, scores, zeroshot, _, _ = _train_and_score(plain, folder / "lora", resume)
+        metrics["scores"]["lora"], metrics["zeroshot"]["lora"] = scores[0], zeroshot[0]
+        losses["LoRA"] = report["loss"]
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_report(folder / "report.html", metrics, _samples(records, answers), losses["LoRA-MoE"], routing)
+    plots(folder, metrics, losses, routing)
+    return metrics
+
+
+def _train_and_score(config: Config, folder: Path, resume: bool):
+    config = replace(config, train=replace(config.train, output=str(folder)))
+    model, report = train(config, resume)
+    scores, zeroshot = [], []
+    records, store = load_data(model, config, "test.json")
+    scored, answers = evaluate(model, records, store)
+    scores = [scored, evaluate(model, records, store, blind=True)[0]]
+    unseen, store = load_data(model, config, "zeroshot.json")
+    zeroshot = [evaluate(model, unseen, store, blind=blind)[0] for blind in (False, True)]
+    return model, report, scores, zeroshot, records, answers
+
+
+def _conditions(config: Config, model: Octavius, report: dict[str, Any], answers: Answers) -> dict[str, Any]:
+    """What a reader must know to read the figures."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "model": config.model.llm,
+        "tower": config.model.tower,
+        "experts": config.model.lora.num_experts,
+        "top_k": config.model.lora.top_k,
+        "rank": config.model.lora.rank,
+        "steps": report["steps"],
+        "batch_size": config.train.batch_size,
+        "train_seconds": report["seconds"],
+        "threads": torch.get_num_threads(),
+        "dtype": config.model.dtype,
+        "seed": config.train.seed,
+        "commit": commit,
+        "command": " ".join(["octavius", *sys.argv[1:]]),
+        "processor": _processor(),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_tokens_per_second": report["tokens_per_second"],
+        "generate_tokens_per_second": answers.tokens_per_second,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _samples(records: list[Record], answers: Answers, count: int = 12) -> list[dict[str, Any]]:
+    """A dozen test pictures, the benchmarks in turn, in the order of the file: not chosen by their answers."""
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(record.truth["benchmark"], []).append(index)
+    turns = [
+        index for column in zip(*(members[:count] for members in groups.values()), strict=False) for index in column
+    ]
+    return [_sample(records[index], answers.texts[index], answers.weights[index]) for index in turns[:count]]
+
+
+def _sample(record: Record, text: str, weights: torch.Tensor) -> dict[str, Any]:
+    labels = record.truth.get("labels", [])
+    detection = record.truth["benchmark"] == "detection"
+    return {
+        "id": record.id,
+        "benchmark": record.truth["benchmark"],
+        "image": str(record.image),
+        "question": record.turns[-1][0],
+        "answer": text,
+        "reference": record.turns[-1][1],
+        "boxes": [{"label": label, "bbox": box} for label, box in parse_boxes(text, labels)] if detection else [],
+        "reference_boxes": record.truth.get("object", []),
+        "experts": [[expert, weight] for expert, weight in enumerate(weights.tolist()) if weight > 0],
+    }

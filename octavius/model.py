@@ -1,0 +1,286 @@
+"""The multimodal model: picture tokens and text through one frozen LLM whose linears carry the experts.
+
+z = projector(tower(picture))                         P tokens of the LLM's width D
+routing = gate(mean of the question's embeddings)     once per instance, for all layers and all tokens
+answer = LLM([... <Img> z </Img> question ...] | routing)
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moe_lora
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
+
+from octavius import assets
+from octavius.config import ModelConfig, from_dict
+from octavius.encoders import ImageTower, load_tower
+from octavius.prompts import IGNORE, ConversationFormat
+
+CONFIG, WEIGHTS = "octavius.json", "octavius.safetensors"
+
+
+class Projector(nn.Module):
+    """Tower tokens [N, P, C] → LLM tokens [N, P, D]: norm, linear (the paper's) or two-layer MLP, learned positions."""
+
+    def __init__(self, tokens: int, width: int, dim: int, kind: str, std: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.net = (
+            nn.Linear(width, dim)
+            if kind == "linear"
+            else nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
+        )
+        self.positions = nn.Parameter(torch.zeros(tokens, dim))
+        last = self.net if isinstance(self.net, nn.Linear) else self.net[-1]
+        nn.init.normal_(last.weight, std=std / last.in_features**0.5)  # start at the size of the text's embeddings
+        nn.init.zeros_(last.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.net(self.norm(features.to(self.positions.dtype))) + self.positions
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the gate chose for a batch.
+
+    routing: for the experts; logits: [N, E], or [N·L, E] of a token gate, whose real tokens `mask` [N·L] marks.
+    """
+
+    routing: moe_lora.Routing
+    logits: torch.Tensor
+    mask: torch.Tensor | None
+
+    def weights(self, instances: int) -> torch.Tensor:
+        """The weight of every expert in each of N instances, [N, E]; a token gate's is the mean over real tokens."""
+        dense = torch.zeros_like(self.logits).scatter_add(1, self.routing.experts.long(), self.routing.gates)
+        if self.mask is None:
+            return dense.detach()
+        mask = self.mask.view(instances, -1, 1)
+        return ((dense.detach().view(instances, mask.shape[1], -1) * mask).sum(1) / mask.sum(1)).detach()
+
+    def balance(self) -> torch.Tensor:
+        return moe_lora.load_balancing_loss(self.logits, self.routing.experts, self.mask)
+
+
+class Octavius(nn.Module):
+    """LLM, tower, projector and gate; only the experts, the gate, the projector and the two marker rows train.
+
+    Args:
+        config: the parts.
+        llm: a causal LM; it is changed in place (frozen, linears given experts).
+        tokenizer: the LLM's.
+        tower: the image tower.
+    """
+
+    def __init__(self, config: ModelConfig, llm: nn.Module, tokenizer, tower: ImageTower):
+        super().__init__()
+        self.settings, self.tokenizer = config, tokenizer
+        embedding = llm.get_input_embeddings()
+        vocab, dim = embedding.weight.shape
+        self.conversation = ConversationFormat(tokenizer, vocab, config.system, config.gate.input == "system+question")
+        self.llm = moe_lora.apply(llm, config.lora)
+        self.tower = [tower]  # in a list: neither trained nor saved with the model
+        std = embedding.weight.float().std().item()
+        self.projector = Projector(tower.tokens, tower.width, dim, config.projector, std)
+        self.markers = nn.Parameter(embedding.weight.float().mean(0).repeat(2, 1))  # <Img>, </Img>: [2, D]
+        self.gate = moe_lora.InstanceGate(
+            dim,
+            config.lora.num_experts,
+            config.lora.top_k,
+            mode=config.gate.mode,
+            include_padding=config.gate.include_padding,
+        )
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> "Octavius":
+        """Load the frozen parts that `config` names; what trains is new."""
+        llm, tokenizer = load_llm(config)
+        return cls(config, llm, tokenizer, load_tower(config.tower, config.tower_layer, config.tower_merge))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Octavius":
+        """Load what `save` wrote, with the frozen parts from where its config says."""
+        model = cls.from_config(_read_config(Path(folder)))
+        model.load(folder)
+        return model
+
+    def save(self, folder: str | Path) -> None:
+        """Write what trains: the experts as `moe_lora.save` does, and gate, projector, markers and config beside them."""
+        folder = Path(folder)
+        moe_lora.save(self.llm, folder)
+        partial = folder / (WEIGHTS + ".partial")
+        save_file({name: value.contiguous() for name, value in self._own().items()}, partial)
+        partial.rename(folder / WEIGHTS)
+        partial = folder / (CONFIG + ".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self.settings), indent=1) + "\n")
+        partial.rename(folder / CONFIG)
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote into this model; nothing changes unless all of it fits.
+
+        Raises:
+            ValueError: a damaged file, or one of another model.
+        """
+        folder = Path(folder)
+        _read_config(folder)
+        try:
+            found = load_file(folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / WEIGHTS}: cannot be read as safetensors: {error}") from error
+        own = self._own()
+        for name in sorted(own.keys() | found.keys()):
+            have, want = found.get(name), own.get(name)
+            if have is None or want is None or have.shape != want.shape:
+                shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (want, have)]
+                raise ValueError(f"{folder / WEIGHTS}: {name} must be {shapes[0]} for this model, got {shapes[1]}")
+        moe_lora.load(self.llm, folder)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(found[name])
+
+    def _own(self) -> dict[str, torch.Tensor]:
+        """The trainable tensors outside the LLM."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("llm.")}
+
+    @property
+    def device(self) -> torch.device:
+        return self.markers.device
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        gate_mask: torch.Tensor,
+        features: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Training loss, the mean over answer tokens.
+
+        Args:
+            input_ids: [N, L], padded on the right.
+            attention_mask: [N, L], 1 on real tokens. Causal attention from the left never reads the padding.
+            gate_mask: [N, L], 1 on the tokens that the gate reads.
+            features: [N, P, C] tower output.
+            labels: [N, L], IGNORE where no loss counts.
+            num_items_in_batch: answer tokens to average over, when a step spans several batches.
+
+        Returns:
+            `loss`, and `gates` [N, E], the mean weight of every expert.
+        """
+        embeds = self.embed(input_ids, features)
+        with self.routed(embeds, gate_mask, attention_mask) as routed:
+            hidden = self.llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # logits only where a label is
+        logits = self._logits(hidden[rows, columns])
+        loss = nn.functional.cross_entropy(logits, labels[rows, columns + 1], reduction="sum")
+        loss = loss / (rows.numel() if num_items_in_batch is None else num_items_in_batch)
+        if self.settings.gate.load_balancing:
+            loss = loss + self.settings.gate.load_balancing * routed.balance()
+        return {"loss": loss, "gates": routed.weights(len(input_ids))}
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        gate_mask: torch.Tensor,
+        features: torch.Tensor,
+        max_new_tokens: int = 128,
+        **options,
+    ) -> tuple[list[str], torch.Tensor]:
+        """Answers to a batch of prompts padded on the left; greedy unless `options` of `transformers` say otherwise.
+
+        Returns:
+            the answers, and [N, E] the weight of every expert.
+        """
+        embeds = self.embed(input_ids, features)
+        with self.routed(embeds, gate_mask, attention_mask) as routed:
+            ids = self.llm.generate(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.conversation.eos,
+                eos_token_id=self.conversation.eos,
+                **({"do_sample": False} | options),
+            )
+        return [self.conversation.decode(row) for row in ids.tolist()], routed.weights(len(input_ids))
+
+    def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Token ids and tower features as the LLM's input, [N, L, D] in the LLM's dtype."""
+        table = self.llm.get_input_embeddings()
+        first = table.weight.shape[0]  # <Img>, </Img> and picture tokens have the ids from here on
+        embeds = table(input_ids.clamp(max=first - 1))
+        extra = torch.where(input_ids == first, 0, 1)
+        marker = (input_ids >= first) & (input_ids < first + 2)
+        embeds = torch.where(marker[..., None], self.markers.to(embeds.dtype)[extra], embeds)
+        picture = input_ids == first + 2
+        if picture.any():
+            projected = self.projector(features.to(self.device)).to(embeds.dtype)
+            embeds = embeds.masked_scatter(picture[..., None], projected)
+        return embeds
+
+    @contextmanager
+    def routed(self, embeds: torch.Tensor, gate_mask: torch.Tensor, attention_mask: torch.Tensor) -> Iterator["Routed"]:
+        """Route the batch: every linear of the LLM that runs inside uses the gate's choice.
+
+        A token gate also reads each token that generation adds.
+        """
+        if self.gate.mode == "token":
+            routed = Routed(*self.gate(embeds), attention_mask.flatten())
+
+            def route_tokens(module, args, kwargs):
+                inputs = kwargs.get("inputs_embeds")
+                inputs = module.get_input_embeddings()(kwargs["input_ids"]) if inputs is None else inputs
+                step.enter_context(moe_lora.route(self.llm, self.gate(inputs)[0]))
+
+            with ExitStack() as step:
+                handle = self.llm.base_model.register_forward_pre_hook(route_tokens, with_kwargs=True)
+                step.callback(handle.remove)
+                yield routed
+        else:
+            routed = Routed(*self.gate(embeds, gate_mask), None)
+            with moe_lora.route(self.llm, routed.routing):
+                yield routed
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states at the labels → float32 logits, with what some families do to them."""
+        logits = self.llm.get_output_embeddings()(hidden).float()
+        if cap := getattr(self.llm.config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        if scale := getattr(self.llm.config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        return logits
+
+
+def load_llm(config: ModelConfig) -> tuple[nn.Module, Any]:
+    """The causal LM and its tokenizer, in the configured dtype and with the attention that suits the machine."""
+    source = str(assets.fetch([config.llm])[config.llm]) if config.llm in assets.ASSETS else config.llm
+    attention = config.attn_implementation
+    if attention is None and torch.cuda.is_available():
+        attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    elif attention is None:
+        attention = "eager"  # on a CPU, sequences of about 100 tokens train 1.3 times as fast as with sdpa
+    dtype = getattr(torch, config.dtype)
+    llm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    return llm, AutoTokenizer.from_pretrained(source)
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{folder}: must be a folder that training wrote, but {CONFIG} cannot be read: {error}"
+        ) from error
+    return from_dict(ModelConfig, values, str(folder / CONFIG))

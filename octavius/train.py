@@ -1,0 +1,111 @@
+"""Training on `transformers.Trainer`: bfloat16 compute, float32 trainable weights, batches of like length."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+
+from octavius import assets, minilamm
+from octavius.config import Config
+from octavius.data import Collator, InstructionData, Record, drop_bad_pictures, read_records
+from octavius.encoders import FeatureStore
+from octavius.model import Octavius
+
+MINI_LAMM = "mini-lamm:"
+
+
+def data_folder(root: str, seed: int = 0) -> Path:
+    """The folder that `data.root` names; embedded data is built there first if it is missing."""
+    if not root.startswith(MINI_LAMM):
+        return Path(root)
+    size = root.removeprefix(MINI_LAMM)
+    return minilamm.build(assets.default_cache() / "mini-lamm" / f"{size}-{seed}", size=size, seed=seed)
+
+
+def load_data(model: Octavius, config: Config, file: str) -> tuple[list[Record], FeatureStore]:
+    """Records of one JSON file whose pictures can be read, and the features of those pictures."""
+    records = read_records(data_folder(config.data.root) / file, config.data.images)
+    store = FeatureStore(model.tower[0], assets.default_cache() / "features" if config.data.cache_features else None)
+    return drop_bad_pictures(records, store.prepare([record.image for record in records])), store
+
+
+def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any]]:
+    """Train as `config` says; checkpoints, TensorBoard logs and the final model go to `config.train.output`.
+
+    Args:
+        config: the run.
+        resume: go on from the newest checkpoint in the output folder, if there is one.
+
+    Returns:
+        the model, and {"loss": [{"step", "loss"}, ...], "seconds", "tokens_per_second", "steps"}.
+    """
+    set_seed(config.train.seed)
+    model = Octavius.from_config(config.model)
+    records, store = load_data(model, config, config.data.train)
+    data = InstructionData(records, model.conversation, store.tower.tokens, config.data.max_tokens)
+    output = Path(config.train.output)
+    if config.train.compile:
+        for layer in model.llm.base_model.layers:
+            layer.compile(dynamic=True)
+    trainer = OctaviusTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=data,
+        data_collator=Collator(model.conversation.eos, store),
+    )
+    last = resume and any(output.glob("checkpoint-*"))
+    result = trainer.train(resume_from_checkpoint=True if last else None)
+    model.save(output)
+    log = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
+    report = {
+        "loss": log,
+        "seconds": result.metrics["train_runtime"],
+        "tokens_per_second": trainer.tokens / result.metrics["train_runtime"],
+        "steps": trainer.state.global_step,
+    }
+    (output / "train.json").write_text(json.dumps(report, indent=1))
+    return model, report
+
+
+def training_arguments(config: Config) -> TrainingArguments:
+    """`config.train` in Trainer's words."""
+    run = config.train
+    return TrainingArguments(
+        output_dir=run.output,
+        max_steps=run.steps,
+        num_train_epochs=run.epochs,
+        per_device_train_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.gradient_accumulation,
+        learning_rate=run.learning_rate,
+        weight_decay=run.weight_decay,
+        warmup_steps=run.warmup,
+        lr_scheduler_type=run.schedule,
+        max_grad_norm=run.max_grad_norm,
+        activation_checkpointing=run.gradient_checkpointing,
+        logging_steps=run.log_steps,
+        save_steps=run.save_steps,
+        save_total_limit=2,
+        seed=run.seed,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=["tensorboard"],
+    )
+
+
+class OctaviusTrainer(Trainer):
+    """Trainer that saves and loads what trains, not the frozen LLM, and counts the tokens that it trains on."""
+
+    tokens = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.tokens += int(inputs["attention_mask"].sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.model.save(Path(output_dir or self.args.output_dir))  # type: ignore[union-attr]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.model.load(Path(resume_from_checkpoint))  # type: ignore[union-attr]
