@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
 
@@ -159,6 +160,16 @@ def fetch(names: Iterable[str] | None = None, cache: str | Path | None = None) -
     return found
 
 
+def need(name: str) -> Path:
+    """Folder or file of an asset, fetched if it is not there yet.
+
+    Raises:
+        FileNotFoundError: it cannot be had here.
+    """
+    fetch([name])
+    return path(name)
+
+
 def path(name: str, cache: str | Path | None = None) -> Path:
     """Folder or file of an asset that was fetched.
 
@@ -176,6 +187,14 @@ def status(cache: str | Path | None = None) -> list[tuple[str, bool, int, str]]:
     """(name, present, download size in bytes, licence) of every asset."""
     cache = Path(cache) if cache else default_cache()
     return [(a.name, (cache / a.folder / a.inside).exists(), a.size, a.licence) for a in ASSETS.values()]
+
+
+def status_table(cache: str | Path | None = None) -> Table:
+    """`status` for people, with what each asset is for."""
+    table = Table("asset", "present", "download", "licence", "use")
+    for name, present, size, licence in status(cache):
+        table.add_row(name, "yes" if present else "no", f"{size / 1e6:.1f} MB", licence, ASSETS[name].use)
+    return table
 
 
 def check(file: Path, asset: Asset) -> None:

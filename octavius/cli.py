@@ -19,7 +19,9 @@ from octavius.train import train as run_train
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or a preset: demo, mini, octavius-2d.")]
-Settings = Annotated[list[str], typer.Option("--set", help="section.key=value, wins over the file. May be repeated.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value, wins over the file. May be repeated.")
+]
 Checkpoint = Annotated[Path, typer.Option("--model", help="A folder that training wrote.")]
 
 
@@ -31,7 +33,7 @@ def assets_command(names: Annotated[list[str] | None, typer.Argument(help="Which
 
 
 @app.command()
-def train(config: ConfigOption, settings: Settings = [], resume: bool = False) -> None:  # noqa: B006
+def train(config: ConfigOption, settings: Settings = None, resume: bool = False) -> None:
     """Train a model."""
     parsed = load_config(config, settings)
     _, report = run_train(parsed, resume)
@@ -53,9 +55,9 @@ def chat(
 @app.command("eval")
 def evaluate_command(
     config: ConfigOption,
-    settings: Settings = [],
+    settings: Settings = None,
     model: Checkpoint = Path("runs/demo/model"),
-    file: str = "test.json",  # noqa: B006
+    file: str = "test.json",
 ) -> None:
     """Score a model on the questions of `data.root`/FILE, with their own pictures and blind."""
     loaded = Octavius.from_folder(model)
@@ -67,9 +69,12 @@ def evaluate_command(
 
 
 @app.command()
-def demo(config: ConfigOption = "demo", settings: Settings = [], resume: bool = False) -> None:  # noqa: B006
+def demo(
+    config: ConfigOption = "demo", settings: Settings = None, resume: bool = False, baseline: bool = False
+) -> None:
     """Train, route, answer, score: the whole job, with a report to look at."""
-    console.print(score_table(run_demo(load_config(config, settings), resume)))
+    metrics = run_demo(load_config(config, settings), resume, baseline)
+    console.print(score_table(metrics), score_table(metrics, "zeroshot"))
 
 
 def main() -> None:

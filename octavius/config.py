@@ -50,7 +50,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the records are. `mini-lamm:SIZE` builds the embedded data of that size; else a folder with `train.json`."""
+    """Where the records are. `mini-lamm:SIZE` builds the embedded data of that size; else root is a folder."""
 
     root: str = "mini-lamm:demo"
     train: str = "train.json"
@@ -90,7 +90,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def load_config(source: str | Path, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
+def load_config(source: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a run.
 
     Args:
@@ -110,7 +110,7 @@ def load_config(source: str | Path, overrides: list[str] = ()) -> Config:  # typ
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    for item in overrides:
+    for item in overrides or ():
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"a setting must read section.key=value, got {item!r}")

@@ -20,7 +20,7 @@ import numpy as np
 def gguf_to_llama(file: Path, folder: Path) -> None:
     """Dequantise a GGUF Llama once and save config, tokenizer and bfloat16 weights.
 
-    transformers reads rms_norm_eps of this file as 1e-6; SmolLM2 was trained with 1e-5.
+    The file stores rms_norm_eps in float32; the config gets the 1e-5 that was meant.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -22,7 +22,7 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation about one picture; `truth` holds what the JSON carries beyond that, such as labels for scoring."""
+    """One conversation about one picture; `truth` is what the JSON carries beyond that, such as labels to score by."""
 
     id: str
     image: Path
@@ -122,8 +122,9 @@ def drop_bad_pictures(records: list[Record], bad: dict[Path, str]) -> list[Recor
     if not bad:
         return kept
     names = "; ".join(f"{path}: {why}" for path, why in list(bad.items())[:5])
-    count = f"{len(records) - len(kept)} of {len(records)} records have an unreadable picture ({len(bad)} pictures: {names})"
-    if len(records) - len(kept) > MAX_BAD_PICTURES * len(records):
+    lost = len(records) - len(kept)
+    count = f"{lost} of {len(records)} records have an unreadable picture ({len(bad)} pictures: {names})"
+    if lost > MAX_BAD_PICTURES * len(records):
         raise ValueError(f"{count}; at most {MAX_BAD_PICTURES:.0%} may be")
     console.print(f"skipped: {count}")
     return kept

@@ -57,12 +57,11 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
 def _train_and_score(config: Config, folder: Path, resume: bool):
     config = replace(config, train=replace(config.train, output=str(folder)))
     model, report = train(config, resume)
-    scores, zeroshot = [], []
     records, store = load_data(model, config, "test.json")
     scored, answers = evaluate(model, records, store)
     scores = [scored, evaluate(model, records, store, blind=True)[0]]
-    unseen, store = load_data(model, config, "zeroshot.json")
-    zeroshot = [evaluate(model, unseen, store, blind=blind)[0] for blind in (False, True)]
+    unseen, store = load_data(model, config, "zeroshot.json")  # empty where the photographs could not be fetched
+    zeroshot = [evaluate(model, unseen, store, blind=blind)[0] if unseen else {} for blind in (False, True)]
     return model, report, scores, zeroshot, records, answers
 
 

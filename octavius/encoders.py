@@ -117,9 +117,9 @@ class ViTTower(ImageTower):
 def load_tower(name: str, layer: int = -2, merge: int = 1) -> ImageTower:
     """A frozen tower in evaluation mode: `efficientnet-lite0`, `vit-s14`, or a Hugging Face name or folder."""
     if name == "efficientnet-lite0":
-        tower: ImageTower = EfficientNetTower(assets.fetch([name])[name])
+        tower: ImageTower = EfficientNetTower(assets.need(name))
     else:
-        tower = ViTTower(str(assets.fetch([name])[name]) if name == "vit-s14" else name, layer, merge)
+        tower = ViTTower(str(assets.need(name)) if name == "vit-s14" else name, layer, merge)
     return tower.eval().requires_grad_(False)
 
 

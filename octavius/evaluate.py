@@ -1,4 +1,4 @@
-"""Answers to a file of questions, scored; also blind, with the pictures exchanged, to show what the pictures are worth."""
+"""Answers to a file of questions, scored; also blind, with the pictures exchanged, to show what they are worth."""
 
 import json
 import random

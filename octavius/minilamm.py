@@ -71,7 +71,8 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0, assets:
         folder: receives train.json, test.json, zeroshot.json, images/ and manifest.json, in one rename at the end.
         size: "smoke", "demo", "mini", or numbers of pictures.
         seed: of everything random.
-        assets: ready folders of the assets `stamps` and `faces`; fetched into the cache when None.
+        assets: ready folders of the assets `stamps` and `faces`; fetched into the cache when None. Where there are no
+            stamps, every picture shows a face and zeroshot.json is empty.
     Returns:
         The folder.
     Raises:
@@ -83,7 +84,10 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0, assets:
         if size not in PRESETS:
             raise ValueError(f"size must be one of {', '.join(PRESETS)} or a minilamm.Sizes, got {size!r}")
         size = PRESETS[size]
-    hashes = {name: store.ASSETS[name].sha256 for name in ("stamps", "faces")}
+    ready = assets or store.fetch(("stamps", "faces"))
+    if "faces" not in ready:
+        raise FileNotFoundError("mini-LAMM needs the asset faces, which could not be had")
+    hashes = {name: store.ASSETS[name].sha256 for name in sorted(ready)}
     settings = {"version": VERSION, "seed": seed, "sizes": asdict(size), "assets": hashes}
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "manifest.json").exists():
@@ -91,13 +95,8 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0, assets:
         manifest = json.loads((folder / "manifest.json").read_text())
         if all(manifest.get(key) == value for key, value in settings.items()):
             return folder
-    ready = assets or store.fetch(hashes)
-    if missing := sorted(hashes.keys() - ready.keys()):
-        raise FileNotFoundError(
-            f"mini-LAMM is made of the assets stamps and faces; {', '.join(missing)} could not be had"
-        )
-    known = stamps.load(ready["stamps"], stamps.CATEGORIES)
-    unseen = stamps.load(ready["stamps"], stamps.UNSEEN)
+    sets = (stamps.CATEGORIES, stamps.UNSEEN)
+    known, unseen = (stamps.load(ready["stamps"], names) if "stamps" in ready else [] for names in sets)
     train, test = stamps.split(known, seed)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     (draft / "images").mkdir(parents=True)
@@ -159,8 +158,11 @@ def plan(side: str, cutouts: list[Cutout], number: int, seed: int) -> Iterator[P
     categories = {kind: Deck(rng, names) for kind in ("scene", "single")}
     photographs = {name: Deck(rng, [c for c in cutouts if c.category == name]) for name in names}
     hair = Deck(rng, [(color, smile) for color in faces.HAIR_COLORS for smile in (True, False)])
-    many = round(SCENES * number)
-    drawn = 0 if side == "zeroshot" else round(FACES * number)
+    if side == "zeroshot":
+        number, drawn = (number if cutouts else 0), 0
+    else:
+        drawn = round(FACES * number) if cutouts else number
+    many = round(SCENES * number) if cutouts else 0
     kinds = ["scene"] * many + ["face"] * drawn + ["single"] * (number - many - drawn)
     sizes = Deck(rng, (1, 2, 3, 4))
     for index, place in enumerate(rng.permutation(number)):

@@ -35,15 +35,12 @@ class Projector(nn.Module):
     def __init__(self, tokens: int, width: int, dim: int, kind: str, std: float):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.net = (
-            nn.Linear(width, dim)
-            if kind == "linear"
-            else nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
-        )
-        self.positions = nn.Parameter(torch.zeros(tokens, dim))
-        last = self.net if isinstance(self.net, nn.Linear) else self.net[-1]
+        layers: list[nn.Module] = [] if kind == "linear" else [nn.Linear(width, dim), nn.GELU()]
+        last = nn.Linear(dim if layers else width, dim)
         nn.init.normal_(last.weight, std=std / last.in_features**0.5)  # start at the size of the text's embeddings
         nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(*layers, last)
+        self.positions = nn.Parameter(torch.zeros(tokens, dim))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.net(self.norm(features.to(self.positions.dtype))) + self.positions
@@ -82,13 +79,13 @@ class Octavius(nn.Module):
         tower: the image tower.
     """
 
-    def __init__(self, config: ModelConfig, llm: nn.Module, tokenizer, tower: ImageTower):
+    def __init__(self, config: ModelConfig, llm: Any, tokenizer: Any, tower: ImageTower):
         super().__init__()
         self.settings, self.tokenizer = config, tokenizer
         embedding = llm.get_input_embeddings()
         vocab, dim = embedding.weight.shape
         self.conversation = ConversationFormat(tokenizer, vocab, config.system, config.gate.input == "system+question")
-        self.llm = moe_lora.apply(llm, config.lora)
+        self.llm: Any = moe_lora.apply(llm, config.lora)
         self.tower = [tower]  # in a list: neither trained nor saved with the model
         std = embedding.weight.float().std().item()
         self.projector = Projector(tower.tokens, tower.width, dim, config.projector, std)
@@ -115,7 +112,7 @@ class Octavius(nn.Module):
         return model
 
     def save(self, folder: str | Path) -> None:
-        """Write what trains: the experts as `moe_lora.save` does, and gate, projector, markers and config beside them."""
+        """Write what trains: the experts as `moe_lora.save` does; gate, projector, markers and config beside them."""
         folder = Path(folder)
         moe_lora.save(self.llm, folder)
         partial = folder / (WEIGHTS + ".partial")
@@ -147,6 +144,10 @@ class Octavius(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(found[name])
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the LLM's activations in backward; `Trainer` calls it."""
+        self.llm.activation_checkpointing_enable(activation_checkpointing_kwargs)
 
     def _own(self) -> dict[str, torch.Tensor]:
         """The trainable tensors outside the LLM."""
@@ -263,9 +264,9 @@ class Octavius(nn.Module):
         return logits
 
 
-def load_llm(config: ModelConfig) -> tuple[nn.Module, Any]:
+def load_llm(config: ModelConfig) -> tuple[Any, Any]:
     """The causal LM and its tokenizer, in the configured dtype and with the attention that suits the machine."""
-    source = str(assets.fetch([config.llm])[config.llm]) if config.llm in assets.ASSETS else config.llm
+    source = str(assets.need(config.llm)) if config.llm in assets.ASSETS else config.llm
     attention = config.attn_implementation
     if attention is None and torch.cuda.is_available():
         attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"

@@ -103,7 +103,7 @@ class ConversationFormat:
 
 
 def box_answer(objects: list[dict]) -> str:
-    """Detection's answer: "A bird at [0.12, 0.34, 0.56, 0.78]. ..." from left to right, corners in fractions of the side.
+    """Detection's answer: "A bird at [0.12, 0.34, 0.56, 0.78]. ..." from left to right, in fractions of the sides.
 
     Args:
         objects: {"label": name, "bbox": [x1, y1, x2, y2]} each.

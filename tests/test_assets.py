@@ -56,6 +56,11 @@ def test_documentation_has_every_asset():
             assert fact in text, f"docs/assets.md lacks {fact} of {asset.name}"
 
 
+def test_status_table_lists_every_asset(tmp_path):
+    table = assets.status_table(tmp_path)
+    assert list(table.columns[0].cells) == list(assets.ASSETS) and set(table.columns[1].cells) == {"no"}
+
+
 def test_fetch_refuses_unknown_name(tmp_path):
     with pytest.raises(ValueError, match=r"must be one of smollm2, .* got 'clip'"):
         assets.fetch(["clip"], tmp_path)

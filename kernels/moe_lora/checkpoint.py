@@ -103,6 +103,8 @@ def _flush(path: Path) -> None:
 
 
 def _read_config(path: Path) -> tuple[MoELoRAConfig, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         values = json.loads(text)

@@ -46,14 +46,17 @@ def explain(x: Tensor, weight: Tensor, lora_a: Tensor, routing: Routing, backend
         ValueError: no such backend, or it cannot run this call (says why).
     """
     plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None)
-    name, asked = _resolve(backend)
     module = choose(backend, x, weight, lora_a, plan)
+    names = list(_BACKENDS)
+    found = names[list(_BACKENDS.values()).index(module)]
+    name, asked = _resolve(backend)
+    if name == "auto":
+        before = names[: names.index(found)]
+        reasons = ["the first that can run", *(f"not {key}: {_reason(key, x, weight, lora_a, plan)}" for key in before)]
+    else:
+        reasons = [f"{asked} asks for {name}"]
     kernel, why = module.kernel(x, weight, lora_a, plan)
-    found = next(key for key, value in _BACKENDS.items() if value is module)
-    passed = [f"{key}: {_reason(key, x, weight, lora_a, plan)}" for key in _BACKENDS] if name == "auto" else []
-    passed = passed[: list(_BACKENDS).index(found)]
-    chosen = f"{asked} asks for {name}" if name != "auto" else "first that can run"
-    return Explanation(found, kernel, "; ".join([chosen, *passed, why]))
+    return Explanation(found, kernel, "; ".join([*reasons, why]))
 
 
 def choose(backend: str, x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> ModuleType:

@@ -9,9 +9,9 @@ The one definition, which every backend repeats bit for bit. For the element at 
     z = lo(j) + a; z ^= z >> 16; z *= 0x7feb352d; z ^= z >> 15; z += b; z *= 0x846ca68b; z ^= z >> 16
     kept  iff  int16(z >> 16·half) >= threshold - 32768,           threshold = min(round(p · 65536), 65535)
 
-All words are unsigned 32-bit and wrap; lo and hi are the halves of a 64-bit number; int16 takes the low 16 bits as signed.
-(a, b) is a bijection of the seed, so that different seeds are different keys. Source of the constants of mix: C. Wellons,
-"Prospecting for hash functions" (lowbias32).
+All words are unsigned 32-bit and wrap; lo and hi are the halves of a 64-bit number; int16 takes the low 16 bits as
+signed. (a, b) is a bijection of the seed, so that different seeds are different keys. Source of the constants of mix:
+C. Wellons, "Prospecting for hash functions" (lowbias32).
 """
 
 import torch

@@ -3,7 +3,8 @@
     m_i = mean of the question's token embeddings,  logits_i = m_i w,  p_i = softmax(logits_i)       in float32
     experts_i = the K largest of p_i,  gates_i = p_i at those, divided by their sum
 
-Source: Octavius (Chen et al., ICLR 2024, arXiv 2311.02684), instance-level top-2 gate; K, dense and token gates besides.
+Source: Octavius (Chen et al., ICLR 2024, arXiv 2311.02684), the instance-level top-2 gate; other K, dense and token
+gates are the same equation.
 """
 
 from typing import Literal
@@ -21,12 +22,12 @@ class InstanceGate(nn.Module):
         dim: D of the token embeddings.
         num_experts: E.
         top_k: K, experts per instance; not used by "dense".
-        mode: "instance" (top-k of the mean embedding), "dense" (all E experts, softmax weights), or "token" (every token
-            routed for itself; the routing has N·L instances).
+        mode: "instance" (top-k of the mean embedding), "dense" (all E experts, softmax weights), or "token" (every
+            token routed for itself; the routing has N·L instances).
         include_padding: the mean over all L positions, padding too, as upstream computes it.
 
-    `w_gating` [D, E] is drawn from N(0, 1/D), so that embeddings of unit variance give logits of unit variance and routing
-    starts near uniform weights; upstream draws from N(0, 1), where the first question decides almost everything.
+    `w_gating` [D, E] is drawn from N(0, 1/D), so that features of unit variance give logits of unit variance, and the
+    small ones of a language model near-uniform weights; upstream draws from N(0, 1).
     """
 
     def __init__(
@@ -97,8 +98,8 @@ class InstanceGate(nn.Module):
 def load_balancing_loss(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -> Tensor:
     """The balance loss of Switch and GShard: E Σ_e f_e P_e, 1 when the routing is even.
 
-    f_e is the share of choices that fell on expert e (no gradient), P_e the mean softmax probability of e. Source: Fedus et
-    al., "Switch Transformers" (arXiv 2101.03961), equations 4 to 6; K choices count 1/K each, so that the minimum stays 1.
+    f_e is the share of choices that fell on expert e (no gradient), P_e the mean softmax probability of e. K choices
+    count 1/K each. Source: Fedus et al., "Switch Transformers" (arXiv 2101.03961), equations 4 to 6.
 
     Args:
         logits: [N, E] of the gate.

@@ -19,8 +19,8 @@ def apply(model: nn.Module, config: MoELoRAConfig) -> nn.Module:
     Returns:
         The model.
     Raises:
-        ValueError: no linear matches (names what there is), the model has experts already, a target is no plain nn.Linear,
-            or the model's code would go round the layers.
+        ValueError: no linear matches (names what there is), the model has experts already, a target is no plain
+            nn.Linear, or the model's code would go round the layers.
     """
     targets = find_targets(model, config)
     model.requires_grad_(False)
@@ -42,11 +42,11 @@ def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear
             raise ValueError(f"the model must have no experts yet, got a MoELoRALinear at {name or 'its root'}")
         if getattr(getattr(module, "config", None), "pretraining_tp", 1) > 1:
             raise ValueError(
-                "config.pretraining_tp must be 1, got more: such a model slices q_proj.weight itself and would go round "
-                "the experts; set model.config.pretraining_tp = 1"
+                "config.pretraining_tp must be 1, got more: such a model slices q_proj.weight itself and would go "
+                "round the experts; set model.config.pretraining_tp = 1"
             )
     matches = _matcher(model, config.target_modules)
-    targets = {name: module for name, module in modules.items() if name and matches(name, module)}
+    targets: dict[str, Any] = {name: module for name, module in modules.items() if name and matches(name, module)}
     if not targets:
         linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
         raise ValueError(
@@ -62,8 +62,8 @@ def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear
 def route(model: nn.Module, routing: Routing) -> Iterator[None]:
     """Within it, the experts of `model` use `routing`, in this thread; the innermost of nested ones counts.
 
-    Holds for `model.generate` with beams and num_return_sequences too, and for what gradient checkpointing of transformers
-    recomputes later, in backward.
+    Holds for `model.generate` with beams and num_return_sequences too, and for what gradient checkpointing of
+    transformers recomputes later, in backward.
 
     Raises:
         ValueError: the model has no experts, or parts of it were given experts by separate calls of `apply`.
@@ -99,7 +99,8 @@ def _prepare(model: nn.Module) -> RouteSlot:
 class _RoutedCheckpoint:
     """Runs a checkpointed function, and its recomputation in backward, under the routing of its forward.
 
-    The gates go in as an argument, so that reentrant checkpointing, which detaches its arguments, returns their gradient.
+    The gates go in as an argument, so that reentrant checkpointing, which detaches its arguments, returns their
+    gradient.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], slot: RouteSlot):
@@ -128,7 +129,8 @@ def _under(
 
 def _matcher(model: nn.Module, target_modules: tuple[str, ...] | str) -> Callable[[str, nn.Module], bool]:
     if target_modules == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+        head = output_embeddings() if output_embeddings else None
         return lambda name, module: type(module) is nn.Linear and module is not head
     if isinstance(target_modules, str):
         pattern = re.compile(target_modules)

@@ -19,8 +19,8 @@ class MoELoRAConfig:
         num_experts, top_k, rank: E, K, R.
         alpha: the update is scaled by alpha / rank.
         dropout: probability on the input of the experts, in training only.
-        target_modules: names of linears, matched as the whole name or its end after a dot; or one str, a regular expression
-            for the whole name; or "all-linear", every nn.Linear but the output embedding.
+        target_modules: names of linears, matched as the whole name or its end after a dot; or one str, a regular
+            expression for the whole name; or "all-linear", every nn.Linear but the output embedding.
     """
 
     num_experts: int = 4
@@ -62,15 +62,13 @@ class RouteSlot(threading.local):
 class MoELoRALinear(nn.Module):
     """y = x Wᵀ + bias + (alpha / R) Σ_k g_k drop(x) A_e B_e, with the routing of `moe_lora.route` or an explicit one.
 
-    Attributes: weight [F, D] and bias [F], the frozen base; lora_a [E, D, R] and lora_b [E, R, F], trainable, float32 also
-    over a bf16 base (float64 over float64); in_features, out_features, scale, config.
+    Attributes: weight [F, D] and bias [F], the frozen base; lora_a [E, D, R] and lora_b [E, R, F], trainable, float32
+    also over a bf16 base (float64 over float64); in_features, out_features, scale, config.
 
     A starts as U(±1/sqrt(D)) like in an ordinary LoRA, each expert with its own draw; B starts at zero.
     """
 
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, config: MoELoRAConfig, slot: RouteSlot | None = None
-    ):
+    def __init__(self, weight: Tensor, bias: Tensor | None, config: MoELoRAConfig, slot: RouteSlot | None = None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.config = config
@@ -101,8 +99,8 @@ class MoELoRALinear(nn.Module):
             routing = self.slot.routing
             if routing is None:
                 raise RuntimeError(
-                    "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in the "
-                    "same thread, or pass routing="
+                    "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in "
+                    "the same thread, or pass routing="
                 )
         dropout = self.config.dropout if self.training else 0.0
         return linear(x, self.weight, self.bias, self.lora_a, self.lora_b, routing, self.scale, dropout)

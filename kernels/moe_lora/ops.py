@@ -48,7 +48,7 @@ def linear(
         weight, bias: [F, D] and [F] or None, frozen, in x's dtype; under autocast cast like in F.linear.
         lora_a, lora_b: [E, D, R], [E, R, F], in any floating dtype; computed in x's, gradients in their own.
         dropout: probability, applied to x before A only; the mask is a function of the seed, see `dropout.py`.
-        seed: None draws one from torch's default CPU generator; a 0-dim int64 tensor on the CPU avoids a synchronisation.
+        seed: None draws one from torch's default CPU generator; or an int; or a 0-dim int64 tensor, best on the CPU.
         backend: "auto" or a name in `backends()`; a named one runs or raises.
     Returns:
         [..., F] in x's dtype.

@@ -6,9 +6,9 @@
     dx = dy W + drop(dh Aᵀ),  dA_e = Σ drop(x)ᵀ dh,  dB_e = Σ (s g h)ᵀ dy
 
 The rank-space products have two forms, `_Gather` and `_Concat`; `form` picks by shape. Both are deterministic on every
-device. h is saved without gates and scale: folded in, the gate gradient would need a division by a gate that may be 0. The
-1 / (1 - p) of dropout is part of s. A NaN in one instance stays in that instance's rows of y, dx and dgates; in the sums
-over instances, dA and dB, `_Gather` keeps it to that instance's experts, `_Concat` does not.
+device. h is saved without gates and scale: folded in, the gate gradient would need a division by a gate that may be 0.
+The 1 / (1 - p) of dropout is part of s. A NaN in one instance stays in that instance's rows of y, dx and dgates; in the
+sums over instances, dA and dB, `_Gather` keeps it to that instance's experts, `_Concat` does not.
 """
 
 import torch
@@ -20,8 +20,8 @@ from moe_lora.routing import Plan
 
 # Up to here a call is bound by overheads and by copies of parameters, not by work.
 _FEW_ROWS = 16
-# What copying costs, in rows of GEMM of one expert: A and B of one pick of one instance, and all A once. Measured on CPU.
-_COPIES_FEW, _COPIES_FORWARD, _COPIES_BACKWARD = (6, 20), (20, 20), (70, 70)
+# What copying costs, in rows of GEMM of one expert: A and B of one pick of one instance; all A once (CPU, measured).
+_COPIES_FEW, _COPIES_FORWARD, _COPIES_BACKWARD = (6, 20), (28, 28), (150, 150)
 
 
 def unavailable() -> str | None:
@@ -36,11 +36,11 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
 
 def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
     """The form that would run, and why."""
-    if plan.offsets is not None:
-        return "concat", "packed rows (offsets) have no equal runs to batch"
     T, (N, K), E = x.shape[:-1].numel(), plan.experts.shape, lora_a.shape[0]
+    packed = plan.offsets is not None
+    N = T if packed else N
     name, back = form(T, N, K, E), form(T, N, K, E, backward=True)
-    why = f"the cheaper for T = {T}, N = {N}, K = {K}, E = {E}"
+    why = f"the cheaper for T = {T}, N = {N}{' (packed: each row an instance)' if packed else ''}, K = {K}, E = {E}"
     return name, why if back == name else f"{why}; backward {back}"
 
 
@@ -54,15 +54,16 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
-    y, rows = F.linear(x, weight, bias), x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    y, shape = F.linear(rows, weight, bias), (*x.shape[:-1], weight.shape[0])
     if not rows.shape[0]:
-        return y, x.new_empty(0, plan.experts.shape[1] * lora_a.shape[2])
+        return y.view(shape), x.new_empty(0, plan.experts.shape[1] * lora_a.shape[2])
     if plan.dropout:
         rows = rows * _keep(rows, plan)
     products = _products(rows, lora_a, plan)
     h = products.shrink(rows, lora_a)
-    products.expand_onto(y.view(-1, y.shape[-1]), products.fold(h), lora_b)
-    return y, h.to(x.dtype)
+    products.expand_onto(y, products.fold(h), lora_b)
+    return y.view(shape), h.to(x.dtype)
 
 
 def backward(
@@ -100,29 +101,28 @@ def oracle(
     lora_a: Tensor,
     lora_b: Tensor,
     plan: Plan,
-    keep: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The equation, token by token, in float64 and with PyTorch's own autograd; for tests only.
+    """The equation row by row, all in one dtype and under PyTorch's own autograd; slow, to compare with.
 
-    Args:
-        keep: [T, D] ones and zeros of the dropout; None without dropout.
-    Returns:
-        [T, F] float64.
+    In float64 it is the truth; in a backend's dtype it is the error that PyTorch itself makes there.
     """
-    rows = x.reshape(-1, x.shape[-1]).double()
+    rows = x.reshape(-1, x.shape[-1])
+    scale = plan.scale * keep_scale(plan.dropout)
+    dropped = (rows * _keep(rows, plan) if plan.dropout else rows).to(dtype)
+    rows, weight, lora_a, lora_b = rows.to(dtype), weight.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
     N, T = plan.experts.shape[0], rows.shape[0]
-    ends = plan.offsets.tolist()[1:] if plan.offsets is not None else [(i + 1) * T // N for i in range(N)]
-    scale = plan.scale * (keep_scale(plan.dropout) if keep is not None else 1.0)
+    ends = [(i + 1) * T // N for i in range(N)] if plan.offsets is None else plan.offsets.tolist()[1:]
     out, i = [], 0
     for t in range(T):
         while t >= ends[i]:
             i += 1
-        y = weight.double() @ rows[t] + (0 if bias is None else bias.double())
-        dropped = rows[t] if keep is None else rows[t] * keep[t].double()
+        y = weight @ rows[t] if bias is None else weight @ rows[t] + bias.to(dtype)
         for k, e in enumerate(plan.experts[i].tolist()):
-            y = y + scale * plan.gates[i, k].double() * (dropped @ lora_a[e].double() @ lora_b[e].double())
+            y = y + scale * plan.gates[i, k].to(dtype) * (dropped[t] @ lora_a[e] @ lora_b[e])
         out.append(y)
-    return torch.stack(out) if out else rows.new_zeros(0, weight.shape[0])
+    y = torch.stack(out) if out else rows @ weight.t()
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _keep(rows: Tensor, plan: Plan) -> Tensor:
@@ -140,13 +140,13 @@ def _products(rows: Tensor, lora_a: Tensor, plan: Plan, backward: bool = False) 
 class _Products:
     """What both forms share: N equal runs of T rows, and gates·s spread over the rank.
 
-    Computed in x's dtype; for few rows in the parameters' own where that is wider, which saves casting them.
+    Computed in x's dtype; few rows in float32 at least, which the overheads of a GEMM in bf16 would not repay.
     """
 
     def __init__(self, rows: Tensor, lora_a: Tensor, plan: Plan):
         self.T, self.dtype = rows.shape[0], rows.dtype
         if self.T <= _FEW_ROWS:
-            self.dtype = torch.promote_types(rows.dtype, lora_a.dtype)
+            self.dtype = torch.promote_types(rows.dtype, torch.float32)
         self.E, _, self.R = lora_a.shape
         self.experts, gates = plan.experts, plan.gates
         if plan.offsets is not None:  # every row becomes its own instance
@@ -158,9 +158,9 @@ class _Products:
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         self.gates = gates.to(wide) * self.scale  # [N, K]
 
-    def scaled(self, h: Tensor) -> Tensor:
-        """Gates and s times h or ds [T, K·R]."""
-        gates = self.gates.repeat_interleave(self.R, 1)[:, None]  # [N, 1, K·R]
+    def scaled(self, h: Tensor, gates: Tensor) -> Tensor:
+        """gates [N, K] times h or ds [T, K·R]."""
+        gates = gates.repeat_interleave(self.R, 1)[:, None]  # [N, 1, K·R]
         return (h.view(self.N, -1, self.K * self.R) * gates).to(self.dtype).view(self.T, -1)
 
     def dgates(self, ds: Tensor, h: Tensor, plan: Plan) -> Tensor:
@@ -193,7 +193,7 @@ class _Gather(_Products):
         return torch.bmm(self.runs(dy), self.gather_b(lora_b).transpose(1, 2)).view(self.T, -1)
 
     def fold(self, h: Tensor) -> Tensor:
-        return self.scaled(h)
+        return self.scaled(h, self.gates)
 
     def expand_onto(self, y: Tensor, s: Tensor, lora_b: Tensor) -> None:
         y, s, b = y.view(self.N, -1, y.shape[-1]), self.runs(s), self.gather_b(lora_b)
@@ -247,27 +247,30 @@ class _Concat(_Products):
 
     def __init__(self, rows: Tensor, lora_a: Tensor, plan: Plan):
         super().__init__(rows, lora_a, plan)
-        where = self.experts.long()[:, None, :, None].expand(-1, self.T // self.N, -1, self.R)
-        self.where = where.reshape(self.T, self.K, self.R)
+        # an expert picked twice by one instance has one place among E: both picks carry the sum of their gates there
+        same = self.experts[:, :, None] == self.experts[:, None]  # [N, K, K]
+        self.total = (same * self.gates[:, None]).sum(-1)
+        row = torch.arange(self.T, device=rows.device).view(self.N, -1, 1)
+        self.places = (row * self.E + self.experts[:, None]).flatten()  # of [T, K] in [T·E]
 
     def shrink(self, rows: Tensor, lora_a: Tensor) -> Tensor:
         rows = rows.to(self.dtype)
         if self.T <= _FEW_ROWS:  # a copy of A would cost more than reading the rows E times
             h = torch.bmm(rows.expand(self.E, -1, -1), lora_a.to(self.dtype)).transpose(0, 1)
         else:
-            h = (rows @ self.all_a(lora_a)).view(self.T, self.E, self.R)
-        return h.gather(1, self.where).view(self.T, -1)
+            h = rows @ self.all_a(lora_a)
+        return self.pick(h)
 
     def shrink_dy(self, dy: Tensor, lora_b: Tensor) -> Tensor:
-        ds = dy.to(self.dtype) @ self.all_b(lora_b).t()
-        return ds.view(self.T, self.E, self.R).gather(1, self.where).view(self.T, -1)
+        return self.pick(dy.to(self.dtype) @ self.all_b(lora_b).t())
 
     def fold(self, h: Tensor) -> Tensor:
-        s = self.scaled(h).view(self.T, self.K, self.R)
-        out = s.new_zeros(self.T, self.E, self.R)
-        for k in range(self.K):  # one k has no collisions, so that the order of additions is fixed
-            out.scatter_add_(1, self.where[:, k : k + 1], s[:, k : k + 1])
-        return out.view(self.T, -1)
+        s = self.scaled(h, self.total).view(-1, self.R)
+        return s.new_zeros(self.T * self.E, self.R).index_copy_(0, self.places, s).view(self.T, -1)
+
+    def pick(self, h: Tensor) -> Tensor:
+        """[T, K·R] of [T, E·R]."""
+        return h.reshape(-1, self.R).index_select(0, self.places).view(self.T, -1)
 
     def expand_onto(self, y: Tensor, s: Tensor, lora_b: Tensor) -> None:
         b = self.all_b(lora_b)

@@ -1,9 +1,10 @@
 """Routing: which experts an instance uses and with which weights; made once per batch, shared by all layers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+import torch.export
 from torch import Tensor
 
 
@@ -13,12 +14,12 @@ class Routing:
 
     Which rows of x [..., D] belong to which instance (T is the number of rows, in row-major order):
 
-    * `offsets` given (packed): rows `offsets[i]:offsets[i+1]`, with 0 = offsets[0] <= ... <= offsets[N] = T; an instance
-      may have no rows;
-    * no offsets: N equal runs, instance i owns rows i·T/N to (i+1)·T/N. So [N, L, D] is the padded batch, [N, D] one row
-      each, and token routing is N = T instances for x [T, D] or [N, L, D]. A batch expanded for beams or
-      num_return_sequences, [m·N, L, D] with the m copies of an instance adjacent, needs no new routing. The runs must not
-      cut an entry of x's first dimension in two: N is the product of x's first dimensions, or divides the first.
+    * `offsets` given (packed): rows `offsets[i]:offsets[i+1]`, with 0 = offsets[0] <= ... <= offsets[N] = T; an
+      instance may have no rows;
+    * no offsets: N equal runs, instance i owns rows i·T/N to (i+1)·T/N. So x [N, L, D] is the padded batch, [N, D] one
+      row each, and token routing is T instances for x [T, D] or [N, L, D]. A batch expanded for beams or
+      num_return_sequences, [m·N, L, D] with the m copies of an instance adjacent, needs no new routing. The runs must
+      not cut an entry of x's first dimension: N is the product of x's first dimensions, or divides the first.
 
     Args:
         experts: [N, K] integer, kept as int32. The same expert twice in one row adds up.
@@ -31,6 +32,7 @@ class Routing:
     experts: Tensor
     gates: Tensor
     offsets: Tensor | None = None
+    _checked: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self):
         experts, gates, offsets = self.experts, self.gates, self.offsets
@@ -52,7 +54,6 @@ class Routing:
             if offsets.device != experts.device:
                 raise ValueError(f"offsets must be on {experts.device} like experts, got {offsets.device}")
             object.__setattr__(self, "offsets", _as_int32("offsets", offsets))
-        object.__setattr__(self, "_checked", set())
 
     def expand(self, factor: int) -> "Routing":
         """The routing of a batch whose every instance is repeated `factor` times in place, as for beams."""
@@ -65,7 +66,7 @@ class Routing:
     def with_gates(self, gates: Tensor) -> "Routing":
         """The same choice of experts with other weights; what was checked stays checked."""
         other = replace(self, gates=gates)
-        object.__setattr__(other, "_checked", self._checked)  # pyright: ignore[reportAttributeAccessIssue]
+        object.__setattr__(other, "_checked", self._checked)
         return other
 
     def check(self, shape: torch.Size, num_experts: int) -> None:
@@ -74,8 +75,8 @@ class Routing:
         What needs values (one synchronisation on a GPU) is done once per routing, and not at all while compiling.
         """
         N, K = self.experts.shape
-        if K > num_experts:
-            raise ValueError(f"top-k must be at most the number of experts {num_experts}, got K = {K}")
+        if num_experts < K:
+            raise ValueError(f"experts must be [N, K] with K <= E = {num_experts}, got K = {K}")
         if self.offsets is None and not _splits(shape[:-1], N):
             raise ValueError(
                 f"the routing's {N} instances must be x's first dimensions or divide the first, got x {tuple(shape)}; "
@@ -84,10 +85,9 @@ class Routing:
         if torch.compiler.is_compiling():
             return
         T = -1 if self.offsets is None else shape[:-1].numel()
-        checked: set = self._checked  # pyright: ignore[reportAttributeAccessIssue]
-        if (num_experts, T) not in checked:
+        if (num_experts, T) not in self._checked:
             self._check_values(num_experts, T)
-            checked.add((num_experts, T))
+            self._checked.add((num_experts, T))
 
     def _check_values(self, num_experts: int, T: int) -> None:
         if self.experts.numel():
@@ -132,3 +132,6 @@ def _as_int32(name: str, tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integer, got {tensor.dtype}")
     return tensor.int()
+
+
+torch.export.register_dataclass(Routing, serialized_type_name="moe_lora.Routing")

@@ -1,0 +1,20 @@
+"""Fixtures that know nothing of what they test."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def nan_empty():
+    """Uninitialised memory holds NaN, and what has no fixed order of additions raises, while the test runs."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
