@@ -20,7 +20,6 @@ setup(
             "jinja2",
             "matplotlib",
             "numpy",
-            "onnx",
             "pillow",
             "pycocoevalcap",
             "pyyaml",

@@ -21,7 +21,7 @@ from moe_lora.routing import Plan
 # Up to here a call is bound by overheads and by copies of parameters, not by work.
 _FEW_ROWS = 16
 # What copying costs, in rows of GEMM of one expert: A and B of one pick of one instance; all A once (CPU, measured).
-_COPIES_FEW, _COPIES_FORWARD, _COPIES_BACKWARD = (6, 20), (28, 28), (150, 150)
+_COPIES_FEW, _COPIES_FORWARD, _COPIES_BACKWARD = (7, 20), (28, 28), (150, 150)
 
 
 def unavailable() -> str | None:
