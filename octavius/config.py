@@ -171,6 +171,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _assign(values: dict, keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-    values[keys[-1]] = value
+    *sections, last = keys
+    for key in sections:
+        values = values.setdefault(key, {}) if isinstance(values, dict) else values
+    if not isinstance(values, dict):
+        raise TypeError(f"{'.'.join(sections) or 'the file'} holds no keys")
+    values[last] = value

@@ -5,7 +5,8 @@ answer is an XML string of <Item x1= y1= x2= y2= cls=> with corners in fractions
 """
 
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,41 @@ class InstructionData(torch.utils.data.Dataset):
         limit = self.max_tokens if self.answer else 0  # a prompt is never cut: its end asks for the answer
         sample = self.conversation.encode(turns, record.task_type, self.image_tokens, limit)
         return {"input_ids": sample.ids, "labels": sample.labels, "gate_mask": sample.gate, "image": record.image}
+
+
+class BucketSampler(torch.utils.data.Sampler[int]):
+    """Random order in which the samples of one batch are about equally long.
+
+    Windows of `window` batches are sorted by length, and the batches of each are shuffled: without that (as in
+    transformers' `group_by_length`) the lengths, and with them the tasks, come in long runs of the same.
+
+    Args:
+        lengths: of the samples.
+        batch_size: samples that a step pads together.
+        seed: of the order; every pass over the data has another.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0, window: int = 20):
+        self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self)))
+        rng.shuffle(order)
+        for start in range(0, len(order), self.batch_size * self.window):
+            rows = sorted(order[start : start + self.batch_size * self.window], key=lambda row: self.lengths[row])
+            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # or it would shift those behind it
+            rng.shuffle(batches)
+            for batch in batches + last:
+                yield from batch
 
 
 class Collator:

@@ -30,11 +30,20 @@ CONFIG, WEIGHTS = "octavius.json", "octavius.safetensors"
 
 
 class Projector(nn.Module):
-    """Tower tokens [N, P, C] → LLM tokens [N, P, D]: norm, linear (the paper's) or two-layer MLP, learned positions."""
+    """Tower tokens [N, P, C] → LLM tokens [N, P, D]: linear (the paper's) or two-layer MLP, and learned positions.
+
+    `calibrate` makes it see standardised channels; without, it is the plain projection.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    limit: torch.Tensor
 
     def __init__(self, tokens: int, width: int, dim: int, kind: str, std: float):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.register_buffer("limit", torch.tensor(float("inf")))
         layers: list[nn.Module] = [] if kind == "linear" else [nn.Linear(width, dim), nn.GELU()]
         last = nn.Linear(dim if layers else width, dim)
         nn.init.normal_(last.weight, std=std / last.in_features**0.5)  # start at the size of the text's embeddings
@@ -42,8 +51,21 @@ class Projector(nn.Module):
         self.net = nn.Sequential(*layers, last)
         self.positions = nn.Parameter(torch.zeros(tokens, dim))
 
+    @torch.no_grad()
+    def calibrate(self, features: torch.Tensor) -> None:
+        """Take every channel's mean and standard deviation from features [n, P, C] of the training pictures.
+
+        Channels of a tower differ in scale by orders of magnitude; standardised, they learn at one rate. Values are cut
+        at 5 standard deviations, since channels that are almost always 0 would reach hundreds.
+        """
+        features = features.float()
+        self.mean.copy_(features.mean((0, 1)))
+        self.std.copy_(features.std((0, 1)) + 1e-2)
+        self.limit.fill_(5.0)
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.net(self.norm(features.to(self.positions.dtype))) + self.positions
+        standard = ((features.float() - self.mean) / self.std).clamp(-self.limit, self.limit)
+        return self.net(standard.to(self.positions.dtype)) + self.positions
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,8 @@ class Octavius(nn.Module):
         tokenizer: the LLM's.
         tower: the image tower.
     """
+
+    accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch
 
     def __init__(self, config: ModelConfig, llm: Any, tokenizer: Any, tower: ImageTower):
         super().__init__()
@@ -129,7 +153,7 @@ class Octavius(nn.Module):
             ValueError: a damaged file, or one of another model.
         """
         folder = Path(folder)
-        _read_config(folder)
+        self._check_settings(folder)
         try:
             found = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
@@ -140,14 +164,26 @@ class Octavius(nn.Module):
             if have is None or want is None or have.shape != want.shape:
                 shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (want, have)]
                 raise ValueError(f"{folder / WEIGHTS}: {name} must be {shapes[0]} for this model, got {shapes[1]}")
+            if not have.is_floating_point():
+                raise ValueError(f"{folder / WEIGHTS}: {name} must be floating point, got {have.dtype}")
         moe_lora.load(self.llm, folder)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(found[name])
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the LLM's activations in backward; `Trainer` calls it."""
-        self.llm.activation_checkpointing_enable(activation_checkpointing_kwargs)
+    def _check_settings(self, folder: Path) -> None:
+        """Raise ValueError if the folder's model computes another function with tensors of the same shapes."""
+        found, own = _read_config(folder), self.settings
+        same_loss = dataclasses.replace(found.gate, load_balancing=own.gate.load_balancing)
+        found = dataclasses.replace(found, gate=same_loss)
+        for name in ("tower_layer", "tower_merge", "system", "gate"):
+            want, have = getattr(own, name), getattr(found, name)
+            if want != have:
+                raise ValueError(f"{folder / CONFIG}: {name} must be {want} for this model, got {have}")
+
+    def activation_checkpointing_enable(self, **options) -> None:
+        """Recompute the LLM's activations in backward; `Trainer` calls it, with the options of transformers' models."""
+        self.llm.activation_checkpointing_enable(**options)
 
     def _own(self) -> dict[str, torch.Tensor]:
         """The trainable tensors outside the LLM."""
@@ -185,9 +221,10 @@ class Octavius(nn.Module):
         rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # logits only where a label is
         logits = self._logits(hidden[rows, columns])
         loss = nn.functional.cross_entropy(logits, labels[rows, columns + 1], reduction="sum")
-        loss = loss / (rows.numel() if num_items_in_batch is None else num_items_in_batch)
-        if self.settings.gate.load_balancing:
-            loss = loss + self.settings.gate.load_balancing * routed.balance()
+        items = max(rows.numel() if num_items_in_batch is None else num_items_in_batch, 1)
+        loss = loss / items
+        if self.settings.gate.load_balancing:  # of several batches in a step each counts by its share of the items
+            loss = loss + self.settings.gate.load_balancing * routed.balance() * (rows.numel() / items)
         return {"loss": loss, "gates": routed.weights(len(input_ids))}
 
     @torch.inference_mode()
@@ -250,9 +287,18 @@ class Octavius(nn.Module):
                 step.callback(handle.remove)
                 yield routed
         else:
+            if self.gate.include_padding:
+                embeds, gate_mask = self._padded_questions(embeds, gate_mask), None
             routed = Routed(*self.gate(embeds, gate_mask), None)
             with moe_lora.route(self.llm, routed.routing):
                 yield routed
+
+    def _padded_questions(self, embeds: torch.Tensor, gate_mask: torch.Tensor) -> torch.Tensor:
+        """What upstream's gate averages: the questions alone, padded to the longest with the end token."""
+        end = self.llm.get_input_embeddings().weight[self.conversation.eos]
+        questions = [row[read] for row, read in zip(embeds, gate_mask != 0, strict=True)]
+        longest = max(map(len, questions))
+        return torch.stack([torch.cat((row, end.expand(longest - len(row), -1))) for row in questions])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states at the labels → float32 logits, with what some families do to them."""

@@ -9,11 +9,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from octavius import assets, minilamm
 from octavius.config import Config
-from octavius.data import Collator, InstructionData, Record, drop_bad_pictures, read_records
+from octavius.data import BucketSampler, Collator, InstructionData, Record, drop_bad_pictures, read_records
 from octavius.encoders import FeatureStore
 from octavius.model import Octavius
 
 MINI_LAMM = "mini-lamm:"
+CALIBRATION = 256  # pictures that the projector's statistics come from
 
 
 def data_folder(root: str, seed: int = 0) -> Path:
@@ -45,6 +46,7 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     model = Octavius.from_config(config.model)
     records, store = load_data(model, config, config.data.train)
     data = InstructionData(records, model.conversation, store.tower.tokens, config.data.max_tokens)
+    model.projector.calibrate(store([record.image for record in records[:: max(1, len(records) // CALIBRATION)]]))
     output = Path(config.train.output)
     if config.train.compile:
         for layer in model.llm.base_model.layers:
@@ -88,7 +90,6 @@ def training_arguments(config: Config) -> TrainingArguments:
         save_steps=run.save_steps,
         save_total_limit=2,
         seed=run.seed,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=["tensorboard"],
@@ -103,6 +104,11 @@ class OctaviusTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tokens += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        data = self.train_dataset
+        lengths = [len(data[index]["input_ids"]) for index in range(len(data))]  # type: ignore[arg-type, index]
+        return BucketSampler(lengths, self.args.train_batch_size, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.model.save(Path(output_dir or self.args.output_dir))  # type: ignore[union-attr]
