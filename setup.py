@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="octavius-moe-lora",
     version="0.1.0",
-    description="Kernel-optimized mixture of LoRA experts, routed once per instance, and the multimodal model that needs it",
+    description="LoRA experts routed once per instance, in one op, and the multimodal model that needs them",
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"": ".", "moe_lora": "kernels/moe_lora"},

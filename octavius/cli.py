@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from octavius import assets
 from octavius.chat import chat as ask
@@ -81,8 +82,9 @@ def main() -> None:
     """Run the command; a user's mistake ends in one line, not in a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+    except (ValueError, OSError, assets.DamagedError) as error:  # OSError: files, and transformers' unknown models
+        text = escape(" ".join(str(error).split()))
+        Console(stderr=True).print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 
 

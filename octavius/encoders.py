@@ -20,6 +20,7 @@ from octavius import assets
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CHUNK = 32  # pictures that go through a tower at once, at most
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
@@ -183,7 +184,8 @@ class FeatureStore:
         known = [self.rows.get(path) for path in paths]
         if all(entry is not None for entry in known):
             return torch.from_numpy(np.stack([entry[0][entry[1]] for entry in known if entry]))
-        return self._encode([self._open(path) for path in paths])
+        chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+        return torch.cat([self._encode([self._open(path) for path in chunk]) for chunk in chunks])
 
     def _open(self, path: Path) -> torch.Tensor:
         with Image.open(path) as image:

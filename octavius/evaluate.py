@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,19 @@ def answer(
 
 
 def exchange_pictures(records: list[Record], seed: int = 0) -> list[Record]:
-    """The same questions, each with another record's picture of the same benchmark, drawn from `seed`."""
+    """The same questions, each with another picture of the same benchmark, drawn from `seed`.
+
+    Only where more than half of a benchmark's records share one picture do some of them keep it.
+    """
     groups: dict[str, list[int]] = {}
     for index, record in enumerate(records):
         groups.setdefault(record.truth.get("benchmark", record.task_type), []).append(index)
     exchanged, rng = list(records), random.Random(seed)
     for members in groups.values():
-        rng.shuffle(members)  # one cycle through all of them: nobody keeps his own
-        for index, other in zip(members, members[1:] + members[:1], strict=True):
+        places = {image: rng.random() for image in dict.fromkeys(records[index].image for index in members)}
+        members.sort(key=lambda index: places[records[index].image])
+        step = max(Counter(records[index].image for index in members).values())  # past all with the same picture
+        for index, other in zip(members, members[step:] + members[:step], strict=True):
             exchanged[index] = replace(records[index], image=records[other].image)
     return exchanged
 

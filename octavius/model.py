@@ -87,8 +87,9 @@ class Routed:
         mask = self.mask.view(instances, -1, 1)
         return ((dense.detach().view(instances, mask.shape[1], -1) * mask).sum(1) / mask.sum(1)).detach()
 
-    def balance(self) -> torch.Tensor:
-        return moe_lora.load_balancing_loss(self.logits, self.routing.experts, self.mask)
+    def share(self) -> torch.Tensor:
+        """[E], the share of the choices that fell on each expert."""
+        return moe_lora.expert_share(self.routing.experts, self.logits.shape[1], self.mask)
 
 
 class Octavius(nn.Module):
@@ -102,6 +103,8 @@ class Octavius(nn.Module):
     """
 
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch
+
+    share: torch.Tensor
 
     def __init__(self, config: ModelConfig, llm: Any, tokenizer: Any, tower: ImageTower):
         super().__init__()
@@ -121,6 +124,7 @@ class Octavius(nn.Module):
             mode=config.gate.mode,
             include_padding=config.gate.include_padding,
         )
+        self.register_buffer("share", torch.full((config.lora.num_experts,), 1 / config.lora.num_experts))
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> "Octavius":
@@ -224,7 +228,7 @@ class Octavius(nn.Module):
         items = max(rows.numel() if num_items_in_batch is None else num_items_in_batch, 1)
         loss = loss / items
         if self.settings.gate.load_balancing:  # of several batches in a step each counts by its share of the items
-            loss = loss + self.settings.gate.load_balancing * routed.balance() * (rows.numel() / items)
+            loss = loss + self.settings.gate.load_balancing * self._balance(routed) * (rows.numel() / items)
         return {"loss": loss, "gates": routed.weights(len(input_ids))}
 
     @torch.inference_mode()
@@ -287,9 +291,9 @@ class Octavius(nn.Module):
                 step.callback(handle.remove)
                 yield routed
         else:
-            if self.gate.include_padding:
-                embeds, gate_mask = self._padded_questions(embeds, gate_mask), None
-            routed = Routed(*self.gate(embeds, gate_mask), None)
+            padded = self.gate.include_padding
+            question = (self._padded_questions(embeds, gate_mask),) if padded else (embeds, gate_mask)
+            routed = Routed(*self.gate(*question), None)
             with moe_lora.route(self.llm, routed.routing):
                 yield routed
 
@@ -299,6 +303,12 @@ class Octavius(nn.Module):
         questions = [row[read] for row, read in zip(embeds, gate_mask != 0, strict=True)]
         longest = max(map(len, questions))
         return torch.stack([torch.cat((row, end.expand(longest - len(row), -1))) for row in questions])
+
+    def _balance(self, routed: Routed) -> torch.Tensor:
+        """Load-balancing loss, with the experts' share over about the last fifty batches: one often holds one task."""
+        if self.training:
+            self.share.lerp_(routed.share(), 0.02)
+        return moe_lora.load_balancing_loss(routed.logits, routed.routing.experts, routed.mask, self.share)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states at the labels → float32 logits, with what some families do to them."""

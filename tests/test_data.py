@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavius.data import Collator, InstructionData, Record, drop_bad_pictures, read_records
+from octavius.data import BucketSampler, Collator, InstructionData, Record, drop_bad_pictures, read_records
 from octavius.encoders import FeatureStore, load_tower
 from octavius.prompts import IGNORE, ConversationFormat
 from tests import tiny
@@ -190,3 +190,26 @@ def test_collator_pads_one_side(kit, left):
         for key, fill in (("input_ids", conversation.eos), ("labels", IGNORE), ("gate_mask", 0)):
             assert made[key][row, real].tolist() == sample[key]
             assert (made[key][row, gap] == fill).all()
+
+
+LENGTHS = [(7 * index) % 23 + 3 for index in range(47)]
+
+
+def test_sampler_visits_every_sample_once_in_an_order_of_its_own_for_each_pass():
+    sampler = BucketSampler(LENGTHS, batch_size=4, seed=1, window=3)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert len(sampler) == 47 and first == again != second
+    assert sorted(first) == sorted(second) == list(range(47))
+    assert list(BucketSampler(LENGTHS, 4, seed=2, window=3)) != first
+
+
+def test_sampler_puts_like_lengths_together_and_mixes_the_batches():
+    order = [LENGTHS[index] for index in BucketSampler(LENGTHS, batch_size=4, seed=1, window=3)]
+    batches = [order[start : start + 4] for start in range(0, 47, 4)]
+    assert [len(batch) for batch in batches] == [4] * 11 + [3]
+    spread = sum(max(batch) - min(batch) for batch in batches) / len(batches)
+    assert spread < (max(LENGTHS) - min(LENGTHS)) / 2
+    means = [sum(batch) for batch in batches[:3]]
+    assert any(sorted(means) != [sum(b) for b in batches[at : at + 3]] for at in (0, 3, 6))

@@ -146,6 +146,14 @@ def count(tower):
     return seen
 
 
+def test_many_pictures_go_through_the_tower_in_chunks(tower, pictures):
+    store, seen = FeatureStore(tower), count(tower)
+    many = [pictures[index % 5] for index in range(37)]
+    got = store(many)
+    assert sum(seen) == 37 and max(seen) <= 32
+    torch.testing.assert_close(got[35:], store(many[35:]), atol=1e-2, rtol=1e-2)
+
+
 def test_features_are_computed_once(tower, pictures, tmp_path):
     seen = count(tower)
     first, second = FeatureStore(tower, tmp_path / "cache"), FeatureStore(tower, tmp_path / "cache")

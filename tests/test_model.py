@@ -67,8 +67,28 @@ def test_embeddings_are_table_markers_and_projected_picture(model, records):
 def test_projector_starts_at_the_size_of_the_texts_embeddings(parts, records, kind):
     model = Octavius.from_config(tiny.model_config(parts, projector=kind))
     text = model.llm.get_input_embeddings().weight.std()
-    picture = model.projector(tiny.batch(model, records)["features"]).std()
+    features = tiny.batch(model, records)["features"]
+    model.projector.calibrate(features)
+    picture = model.projector(features).std()
     assert 0.2 < picture / text < 2
+
+
+def test_calibrated_projector_sees_standardised_channels(parts):
+    projector = Octavius.from_config(tiny.model_config(parts)).projector
+    scale, shift = 10.0 ** torch.linspace(-1, 3, 32), torch.linspace(-50, 50, 32)
+    features = torch.randn(300, 4, 32) * scale + shift
+    features[..., 7], features[3, 2, 9] = 2.5, 1e6  # a channel that never changes, and a value far out
+    seen = []
+    projector.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    projector(features)
+    assert torch.equal(seen[0], features)  # before, it is the plain projection
+    projector.calibrate(features)
+    projector(features)
+    assert torch.equal(seen[1][..., 7], torch.zeros(300, 4)) and seen[1][3, 2, 9] == 5
+    rest = [channel for channel in range(32) if channel not in (7, 9)]
+    means, deviations = seen[1].mean((0, 1))[rest], seen[1].std((0, 1))[rest]
+    torch.testing.assert_close(means, torch.zeros(30), atol=1e-2, rtol=0)
+    torch.testing.assert_close(deviations, torch.ones(30), atol=0.12, rtol=0)
 
 
 def test_loss_is_that_of_all_logits(model, records):
@@ -113,8 +133,7 @@ def test_no_answer_token_is_no_loss(model, records):
 
 def test_only_experts_gate_projector_and_markers_train(model, records):
     found = gradients(model, tiny.batch(model, records))
-    own = {"markers", "gate.w_gating", "projector.positions"}
-    own |= {f"projector.{part}.{kind}" for part in ("norm", "net.0") for kind in ("weight", "bias")}
+    own = {"markers", "gate.w_gating", "projector.positions", "projector.net.0.weight", "projector.net.0.bias"}
     experts = {name for name in found if name.startswith("llm.")}
     assert found.keys() - experts == own
     assert len(experts) == 2 * 2 * 4 and all(name.rpartition(".")[2] in ("lora_a", "lora_b") for name in experts)
@@ -201,14 +220,23 @@ def test_other_gates_train(parts, records, mode):
 
 @pytest.mark.parametrize("mode", ["instance", "token"])
 def test_load_balancing_is_added(parts, records, mode):
+    """With the experts' running share, which only training moves, and padding never."""
     plain, balanced = (tiny.make(parts, gate=tiny.gate(mode=mode, load_balancing=weight)) for weight in (0.0, 0.25))
     batch = tiny.batch(plain, records)
     embeds, mask = plain.embed(batch["input_ids"], batch["features"]), None
     if mode == "token":
         mask = batch["attention_mask"].flatten()
     routing, logits = plain.gate(embeds, batch["gate_mask"])
-    extra = 0.25 * moe_lora.load_balancing_loss(logits, routing.experts, mask)
-    torch.testing.assert_close(balanced(**batch)["loss"], plain(**batch)["loss"] + extra)
+    before = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    after = 0.98 * before + 0.02 * moe_lora.expert_share(routing.experts, 4, mask)
+    assert not torch.allclose(after, before, atol=1e-4)
+    balanced.share.copy_(before)
+    for training, share in ((False, before), (True, after)):
+        extra = 0.25 * moe_lora.load_balancing_loss(logits, routing.experts, mask, share)
+        torch.testing.assert_close(balanced.train(training)(**batch)["loss"], plain(**batch)["loss"] + extra)
+        torch.testing.assert_close(balanced.share, share)
+    gradient = gradients(balanced.eval(), batch)["gate.w_gating"]
+    assert not torch.allclose(gradient, gradients(plain, batch)["gate.w_gating"])
 
 
 @pytest.mark.parametrize("mode", ["instance", "token"])

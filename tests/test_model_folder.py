@@ -44,8 +44,8 @@ def test_folder_holds_what_trains_only(saved, parts):
     assert sorted(path.name for path in saved.iterdir()) == sorted(
         ["adapter_config.json", "adapter_model.safetensors", CONFIG, WEIGHTS]
     )
-    own = {"markers", "gate.w_gating", "projector.positions"}
-    own |= {f"projector.{part}.{kind}" for part in ("norm", "net.0") for kind in ("weight", "bias")}
+    projector = {"net.0.weight", "net.0.bias", "positions", "mean", "std", "limit"}
+    own = {"markers", "gate.w_gating", "share"} | {f"projector.{name}" for name in projector}
     assert load_file(saved / WEIGHTS).keys() == own
     assert json.loads((saved / CONFIG).read_text())["llm"] == str(parts.llm)
 

@@ -11,10 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from octavius import assets
 from octavius.config import Config, TrainConfig
+from octavius.data import Collator, InstructionData
 from octavius.evaluate import answer
 from octavius.model import Octavius
 from octavius.prompts import IGNORE
-from octavius.train import data_folder, load_data, train
+from octavius.train import OctaviusTrainer, data_folder, load_data, train, training_arguments
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")
@@ -64,6 +65,7 @@ def test_first_loss_is_the_models_own(learnt, parts):
     torch.manual_seed(config.train.seed)
     fresh = Octavius.from_config(config.model)
     batch = tiny.batch(fresh, tiny.records(parts))
+    fresh.projector.calibrate(batch["features"])
     assert fresh(**batch)["loss"].item() == pytest.approx(losses(report)[0], rel=1e-3)
 
 
@@ -103,9 +105,25 @@ def test_resumed_run_ends_as_the_uninterrupted_one(parts, tmp_path):
         file.unlink()
     again, resumed = train(config, resume=True)
     assert resumed["steps"] == 8 and losses(resumed) == losses(report)
-    assert resumed["tokens_per_second"] > 0
+    tokens = [each["tokens_per_second"] * each["seconds"] for each in (resumed, report)]
+    assert 0.2 < tokens[0] / tokens[1] < 0.8  # it did not start afresh
     for name, tensor in trained(whole).items():
         assert torch.equal(trained(again)[name], tensor), name
+
+
+def test_every_epoch_has_an_order_of_its_own(parts, tmp_path):
+    config = run_config(parts, tmp_path, batch_size=2)
+    model = tiny.make(parts)
+    records, store = load_data(model, config, "train.json")
+    data = InstructionData(records, model.conversation, store.tower.tokens, 0)
+    collate = Collator(model.conversation.eos, store)
+    trainer = OctaviusTrainer(model, training_arguments(config), train_dataset=data, data_collator=collate)
+    loader, orders = trainer.get_train_dataloader(), []
+    for epoch in range(5):
+        loader.set_epoch(epoch)  # as Trainer does
+        orders.append([tuple(batch["attention_mask"].sum(1).tolist()) for batch in loader])
+        assert sum(map(len, orders[-1])) == 7
+    assert len(set(map(tuple, orders))) > 2
 
 
 def test_resume_without_checkpoint_starts(parts, tmp_path):

@@ -2,7 +2,7 @@
 
 from moe_lora.checkpoint import load, save
 from moe_lora.dispatch import backends, explain
-from moe_lora.gate import InstanceGate, load_balancing_loss
+from moe_lora.gate import InstanceGate, expert_share, load_balancing_loss
 from moe_lora.inject import apply, route
 from moe_lora.layers import MoELoRAConfig, MoELoRALinear
 from moe_lora.ops import linear
@@ -15,6 +15,7 @@ __all__ = [
     "Routing",
     "apply",
     "backends",
+    "expert_share",
     "explain",
     "linear",
     "load",

@@ -95,7 +95,9 @@ class InstanceGate(nn.Module):
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, mode={self.mode}"
 
 
-def load_balancing_loss(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -> Tensor:
+def load_balancing_loss(
+    logits: Tensor, experts: Tensor, mask: Tensor | None = None, share: Tensor | None = None
+) -> Tensor:
     """The balance loss of Switch and GShard: E Σ_e f_e P_e, 1 when the routing is even.
 
     f_e is the share of choices that fell on expert e (no gradient), P_e the mean softmax probability of e. K choices
@@ -105,15 +107,37 @@ def load_balancing_loss(logits: Tensor, experts: Tensor, mask: Tensor | None = N
         logits: [N, E] of the gate.
         experts: [N, K] chosen.
         mask: [N], nonzero for the instances (or tokens) that count; None means all.
+        share: [E], f over more than this batch, such as a running mean of `expert_share`; None means this batch's. With
+            batches of one task each, a batch's own f would balance within every task, and no expert could specialise
+            (Qiu et al., "Demons in the Detail", arXiv 2501.11873).
     """
     if logits.dim() != 2 or experts.dim() != 2 or experts.shape[0] != logits.shape[0]:
         raise ValueError(
             f"logits must be [N, E] and experts [N, K], got {tuple(logits.shape)} and {tuple(experts.shape)}"
         )
     E = logits.shape[1]
-    counts = torch.ones(logits.shape[0], device=logits.device) if mask is None else (mask != 0).float()
-    if counts.shape != logits.shape[:1]:
-        raise ValueError(f"mask must be [N] = ({logits.shape[0]},), got {tuple(counts.shape)}")
-    counts = counts / counts.sum().clamp(min=1)  # [N]
-    chosen = nn.functional.one_hot(experts.long(), E).float().mean(1)  # [N, E]
-    return E * ((counts @ chosen) * (counts @ logits.float().softmax(-1))).sum()
+    if share is not None and share.shape != (E,):
+        raise ValueError(f"share must be [E] = ({E},), got {tuple(share.shape)}")
+    f = expert_share(experts, E, mask) if share is None else share.detach().float()
+    return E * (f * (_weights(experts, mask) @ logits.float().softmax(-1))).sum()
+
+
+def expert_share(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """[E], the share of the choices that fell on each expert; sums to 1.
+
+    Args:
+        experts: [N, K] chosen.
+        num_experts: E.
+        mask: [N], nonzero for the instances (or tokens) that count; None means all.
+    """
+    chosen = nn.functional.one_hot(experts.long(), num_experts).float().mean(1)  # [N, E]
+    return _weights(experts, mask) @ chosen
+
+
+def _weights(experts: Tensor, mask: Tensor | None) -> Tensor:
+    """[N] equal weights of what counts, summing to 1."""
+    N = experts.shape[0]
+    counts = torch.ones(N, device=experts.device) if mask is None else (mask != 0).float()
+    if counts.shape != (N,):
+        raise ValueError(f"mask must be [N] = ({N},), got {tuple(counts.shape)}")
+    return counts / counts.sum().clamp(min=1)
