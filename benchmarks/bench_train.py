@@ -24,7 +24,9 @@ from rich.table import Table
 from octavius.config import load_config
 from octavius.data import Collator, InstructionData
 from octavius.encoders import FeatureStore
-from octavius.model import Octavius, Projector, load_llm
+from octavius.llm import load_llm
+from octavius.model import Octavius
+from octavius.projector import Projector
 from octavius.train import load_data
 
 

@@ -7,7 +7,9 @@ from octavius.encoders import FeatureStore
 from octavius.model import Octavius
 
 
-def chat(model: Octavius, image: Path, question: str, max_new_tokens: int = 128) -> tuple[str, list[tuple[int, float]]]:
+def chat(
+    model: Octavius, image: Path, question: str, task_type: str = "normal", max_new_tokens: int = 128
+) -> tuple[str, list[tuple[int, float]]]:
     """Ask a model about a picture.
 
     Returns:
@@ -22,7 +24,7 @@ def chat(model: Octavius, image: Path, question: str, max_new_tokens: int = 128)
     if bad := store.prepare([image]):
         raise ValueError(f"image must be a readable picture, got {image}: {bad[image]}")
     data = InstructionData(
-        [Record("chat", image, [(question, "")], "normal", {})], model.conversation, store.tower.tokens, 0, False
+        [Record("chat", image, [(question, "")], task_type, {})], model.conversation, store.tower.tokens, 0, False
     )
     batch = Collator(model.conversation.eos, store, left=True)([data[0]])
     batch.pop("labels")

@@ -45,10 +45,13 @@ def train(config: ConfigOption, settings: Settings = None, resume: bool = False)
 
 @app.command()
 def chat(
-    question: str, image: Annotated[Path, typer.Option(help="A picture.")], model: Checkpoint = Path("runs/demo/model")
+    question: str,
+    image: Annotated[Path, typer.Option(help="A picture.")],
+    model: Checkpoint = Path("runs/demo/model"),
+    task: Annotated[str, typer.Option(help="Task type, for models trained with system messages.")] = "normal",
 ) -> None:
     """Ask about a picture; prints the answer and the experts that gave it."""
-    answer, experts = ask(Octavius.from_folder(model), image, question)
+    answer, experts = ask(Octavius.from_folder(model), image, question, task)
     console.print(answer, markup=False)
     console.print("experts: " + ", ".join(f"{e} ({weight:.2f})" for e, weight in experts), style="dim")
 

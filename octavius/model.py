@@ -18,54 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_flash_attn_2_available
 
-from octavius import assets
 from octavius.config import ModelConfig, from_dict
 from octavius.encoders import ImageTower, load_tower
+from octavius.llm import answer_logits, check_logits, load_llm
+from octavius.projector import Projector
 from octavius.prompts import IGNORE, ConversationFormat
 
 CONFIG, WEIGHTS = "octavius.json", "octavius.safetensors"
-
-
-class Projector(nn.Module):
-    """Tower tokens [N, P, C] → LLM tokens [N, P, D]: linear (the paper's) or two-layer MLP, and learned positions.
-
-    `calibrate` makes it see standardised channels; without, it is the plain projection.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-    limit: torch.Tensor
-
-    def __init__(self, tokens: int, width: int, dim: int, kind: str, std: float):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
-        self.register_buffer("limit", torch.tensor(float("inf")))
-        layers: list[nn.Module] = [] if kind == "linear" else [nn.Linear(width, dim), nn.GELU()]
-        last = nn.Linear(dim if layers else width, dim)
-        nn.init.normal_(last.weight, std=std / last.in_features**0.5)  # start at the size of the text's embeddings
-        nn.init.zeros_(last.bias)
-        self.net = nn.Sequential(*layers, last)
-        self.positions = nn.Parameter(torch.zeros(tokens, dim))
-
-    @torch.no_grad()
-    def calibrate(self, features: torch.Tensor) -> None:
-        """Take every channel's mean and standard deviation from features [n, P, C] of the training pictures.
-
-        Channels of a tower differ in scale by orders of magnitude; standardised, they learn at one rate. Values are cut
-        at 5 standard deviations, since channels that are almost always 0 would reach hundreds.
-        """
-        features = features.float()
-        self.mean.copy_(features.mean((0, 1)))
-        self.std.copy_(features.std((0, 1)) + 1e-2)
-        self.limit.fill_(5.0)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        standard = ((features.float() - self.mean) / self.std).clamp(-self.limit, self.limit)
-        return self.net(standard.to(self.positions.dtype)) + self.positions
 
 
 @dataclass(frozen=True)
@@ -109,6 +69,7 @@ class Octavius(nn.Module):
     def __init__(self, config: ModelConfig, llm: Any, tokenizer: Any, tower: ImageTower):
         super().__init__()
         self.settings, self.tokenizer = config, tokenizer
+        check_logits(llm)
         embedding = llm.get_input_embeddings()
         vocab, dim = embedding.weight.shape
         self.conversation = ConversationFormat(tokenizer, vocab, config.system, config.gate.input == "system+question")
@@ -223,7 +184,7 @@ class Octavius(nn.Module):
         with self.routed(embeds, gate_mask, attention_mask) as routed:
             hidden = self.llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # logits only where a label is
-        logits = self._logits(hidden[rows, columns])
+        logits = answer_logits(self.llm, hidden[rows, columns])
         loss = nn.functional.cross_entropy(logits, labels[rows, columns + 1], reduction="sum")
         items = max(rows.numel() if num_items_in_batch is None else num_items_in_batch, 1)
         loss = loss / items
@@ -279,7 +240,8 @@ class Octavius(nn.Module):
         A token gate also reads each token that generation adds.
         """
         if self.gate.mode == "token":
-            routed = Routed(*self.gate(embeds), attention_mask.flatten())
+            routing, logits = self.gate(embeds)
+            routed = Routed(routing, logits, attention_mask.flatten())
 
             def route_tokens(module, args, kwargs):
                 inputs = kwargs.get("inputs_embeds")
@@ -293,7 +255,8 @@ class Octavius(nn.Module):
         else:
             padded = self.gate.include_padding
             question = (self._padded_questions(embeds, gate_mask),) if padded else (embeds, gate_mask)
-            routed = Routed(*self.gate(*question), None)
+            routing, logits = self.gate(*question)
+            routed = Routed(routing, logits, None)
             with moe_lora.route(self.llm, routed.routing):
                 yield routed
 
@@ -309,28 +272,6 @@ class Octavius(nn.Module):
         if self.training:
             self.share.lerp_(routed.share(), 0.02)
         return moe_lora.load_balancing_loss(routed.logits, routed.routing.experts, routed.mask, self.share)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states at the labels → float32 logits, with what some families do to them."""
-        logits = self.llm.get_output_embeddings()(hidden).float()
-        if cap := getattr(self.llm.config, "final_logit_softcapping", None):  # Gemma
-            logits = cap * torch.tanh(logits / cap)
-        if scale := getattr(self.llm.config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        return logits
-
-
-def load_llm(config: ModelConfig) -> tuple[Any, Any]:
-    """The causal LM and its tokenizer, in the configured dtype and with the attention that suits the machine."""
-    source = str(assets.need(config.llm)) if config.llm in assets.ASSETS else config.llm
-    attention = config.attn_implementation
-    if attention is None and torch.cuda.is_available():
-        attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-    elif attention is None:
-        attention = "eager"  # on a CPU, sequences of about 100 tokens train 1.3 times as fast as with sdpa
-    dtype = getattr(torch, config.dtype)
-    llm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
-    return llm, AutoTokenizer.from_pretrained(source)
 
 
 def _read_config(folder: Path) -> ModelConfig:

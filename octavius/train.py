@@ -1,5 +1,6 @@
 """Training on `transformers.Trainer`: bfloat16 compute, float32 trainable weights, batches of like length."""
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from octavius.encoders import FeatureStore
 from octavius.model import Octavius
 
 MINI_LAMM = "mini-lamm:"
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 CALIBRATION = 256  # pictures that the projector's statistics come from
 
 
-def data_folder(root: str, seed: int = 0) -> Path:
+def data_folder(root: str) -> Path:
     """The folder that `data.root` names; embedded data is built there first if it is missing."""
     if not root.startswith(MINI_LAMM):
         return Path(root)
     size = root.removeprefix(MINI_LAMM)
-    return minilamm.build(assets.default_cache() / "mini-lamm" / f"{size}-{seed}", size=size, seed=seed)
+    return minilamm.build(assets.default_cache() / "mini-lamm" / size, size=size)
 
 
 def load_data(model: Octavius, config: Config, file: str) -> tuple[list[Record], FeatureStore]:
@@ -43,6 +45,7 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         the model, and {"loss": [{"step", "loss"}, ...], "seconds", "tokens_per_second", "steps"}.
     """
     set_seed(config.train.seed)
+    keep_freed_memory()
     model = Octavius.from_config(config.model)
     records, store = load_data(model, config, config.data.train)
     data = InstructionData(records, model.conversation, store.tower.tokens, config.data.max_tokens)
@@ -69,6 +72,18 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     }
     (output / "train.json").write_text(json.dumps(report, indent=1))
     return model, report
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step, instead of returning it to Linux and faulting it in again.
+
+    Where the tensors are on a CPU: without it, steps of the demo on two cores took 1.3 times as long. Elsewhere than on
+    glibc it does nothing.
+    """
+    if torch.cuda.is_available() or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def training_arguments(config: Config) -> TrainingArguments:

@@ -22,7 +22,7 @@ LAYERS = (  # lowest first; modules of one layer do not import each other
     ("moe_lora.__main__", "octavius"),
     ("octavius.convert", "octavius.metrics", "octavius.questions", "octavius.scenes", "octavius.faces"),
     ("octavius.assets", "octavius.stamps", "octavius.config", "octavius.prompts", "octavius.report"),
-    ("octavius.minilamm", "octavius.data", "octavius.encoders"),
+    ("octavius.minilamm", "octavius.data", "octavius.encoders", "octavius.llm", "octavius.projector"),
     ("octavius.model",),
     ("octavius.train", "octavius.evaluate", "octavius.chat"),
     ("octavius.demo",),
