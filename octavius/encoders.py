@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
+from rich.progress import track
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
@@ -161,7 +162,7 @@ class FeatureStore:
             partial = data.with_suffix(".partial")
             features = np.memmap(partial, np.float16, "w+", shape=shape)
             bad = {}
-            for start in range(0, len(paths), batch_size):
+            for start in track(range(0, len(paths), batch_size), "tower features"):
                 chunk = list(enumerate(paths[start : start + batch_size], start))
                 pixels = []
                 for row, path in chunk:

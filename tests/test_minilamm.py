@@ -88,6 +88,20 @@ def test_build_same_seed_same_bytes(built, fake, tmp_path):
     assert files(other)["train.json"] != files(built)["train.json"]
 
 
+def test_build_without_photographs_shows_faces(fake, tmp_path):
+    pytest.importorskip("resvg_py")
+    folder = minilamm.build(tmp_path / "b", minilamm.Sizes(6, 4, 4), assets={"faces": fake["faces"]})
+    assert {record["benchmark"] for record in records(folder, "train")} == {"hair", "smile"}
+    assert (len(records(folder, "train")), len(records(folder, "test")), records(folder, "zeroshot")) == (12, 8, [])
+
+
+def test_vqa_answers_name_the_choice_then_its_letter(built):
+    for record in records(built, "train"):
+        if record["benchmark"] == "vqa":
+            text = record["gt_choices"]["ABCD".index(record["gt_choice"])]
+            assert record["conversations"][1]["value"] == f"{text} ({record['gt_choice']})"
+
+
 def test_build_skips_what_is_there(built, fake, monkeypatch):
     monkeypatch.setattr(minilamm, "write_side", lambda *a: pytest.fail("built again"))
     assert minilamm.build(built, SIZES, seed=3, assets=fake) == built
