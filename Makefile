@@ -14,7 +14,7 @@ test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 
 check: build
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 assets: build
 	$(BIN)/octavius assets

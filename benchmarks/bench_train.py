@@ -38,7 +38,9 @@ class Peft(torch.nn.Module):
         llm, _ = load_llm(dataclasses.replace(ours.settings, attn_implementation="sdpa"))
         lora = ours.settings.lora
         targets = list(lora.target_modules)
-        config = LoraConfig(r=lora.rank * lora.top_k, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
+        config = LoraConfig(
+            r=lora.rank * lora.top_k, lora_alpha=int(lora.alpha), target_modules=targets, lora_dropout=0.0
+        )
         self.llm = get_peft_model(llm, config)
         tower = ours.tower[0]
         table = llm.get_input_embeddings().weight

@@ -6,7 +6,9 @@ CLIP ViT-L/14 (the paper's) and other Hugging Face ViTs by name or folder; Effic
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,13 +64,13 @@ class EfficientNetTower(ImageTower):
         super().__init__()
         net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(weights)).eval()
         self.stem, self.head = fuse_conv_bn_eval(net._conv_stem, net._bn0), fuse_conv_bn_eval(net._conv_head, net._bn1)
-        for block in net._blocks:
+        for block in cast("Iterable[Any]", net._blocks):
             if hasattr(block, "_expand_conv"):
                 block._expand_conv, block._bn0 = fuse_conv_bn_eval(block._expand_conv, block._bn0), nn.Identity()
             block._depthwise_conv, block._bn1 = fuse_conv_bn_eval(block._depthwise_conv, block._bn1), nn.Identity()
             block._project_conv, block._bn2 = fuse_conv_bn_eval(block._project_conv, block._bn2), nn.Identity()
         self.blocks = net._blocks
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = nn.functional.relu6(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
@@ -95,9 +97,9 @@ class ViTTower(ImageTower):
         config = AutoConfig.from_pretrained(source)
         if config.model_type in ("clip", "clip_vision_model"):
             self.net, self.mean_std = CLIPVisionModel.from_pretrained(source), CLIP
-            config = self.net.config
         else:
             self.net = AutoModel.from_pretrained(source)
+        config: Any = self.net.config
         if not all(hasattr(config, key) for key in ("patch_size", "hidden_size", "num_hidden_layers")):
             raise ValueError(
                 f"tower must be EfficientNet-Lite0 or a ViT with patches, got {config.model_type} of {source}"
