@@ -31,15 +31,12 @@ class Projector(nn.Module):
         """Take every channel's mean and standard deviation from features [n, P, C] of the training pictures.
 
         Channels of a tower differ in scale by orders of magnitude; standardised, they learn at one rate. Values are cut
-        at 5 standard deviations, since channels that are almost always 0 would reach hundreds. Tokens then get unit
-        length and the weights grow by as much, which changes no output but how fast it learns: Adam moves every weight
-        by about the learning rate, so that C inputs of unit variance would move an output C times as far.
+        at 5 standard deviations, since channels that are almost always 0 would reach hundreds.
         """
-        features, length = features.float(), features.shape[-1] ** 0.5
+        features = features.float()
         self.mean.copy_(features.mean((0, 1)))
-        self.std.copy_((features.std((0, 1)) + 1e-2) * length)
-        self.limit.fill_(5.0 / length)
-        self.net[0].weight.mul_(length)  # type: ignore[union-attr, operator]
+        self.std.copy_(features.std((0, 1)) + 1e-2)
+        self.limit.fill_(5.0)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         standard = ((features.float() - self.mean) / self.std).clamp(-self.limit, self.limit)
