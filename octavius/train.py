@@ -77,8 +77,8 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step, instead of returning it to Linux and faulting it in again.
 
-    Where the tensors are on a CPU: without it, steps of the demo on two cores took 1.3 times as long. Elsewhere than on
-    glibc it does nothing.
+    For tensors on a CPU, whose activations are freed and allocated anew in every step. Elsewhere than on glibc it does
+    nothing.
     """
     if torch.cuda.is_available() or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
