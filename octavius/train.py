@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from octavius import assets, minilamm
+from octavius.align import align
 from octavius.config import Config
 from octavius.data import BucketSampler, Collator, InstructionData, Record, drop_bad_pictures, read_records
 from octavius.encoders import FeatureStore
@@ -49,8 +50,13 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     model = Octavius.from_config(config.model)
     records, store = load_data(model, config, config.data.train)
     data = InstructionData(records, model.conversation, store.tower.tokens, config.data.max_tokens)
-    model.projector.calibrate(store([record.image for record in records[:: max(1, len(records) // CALIBRATION)]]))
     output = Path(config.train.output)
+    last = resume and any(output.glob("checkpoint-*"))
+    if not last:
+        model.projector.calibrate(store([record.image for record in records[:: max(1, len(records) // CALIBRATION)]]))
+        if config.train.align:
+            table = model.llm.get_input_embeddings().weight
+            align(model.projector, records, store, model.conversation.tokens, table)
     if config.train.compile:
         for layer in model.llm.base_model.layers:
             layer.compile(dynamic=True)
@@ -60,7 +66,6 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         train_dataset=data,
         data_collator=Collator(model.conversation.eos, store),
     )
-    last = resume and any(output.glob("checkpoint-*"))
     result = trainer.train(resume_from_checkpoint=True if last else None)
     model.save(output)
     log = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
