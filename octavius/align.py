@@ -25,9 +25,9 @@ from octavius.encoders import FeatureStore
 from octavius.projector import Projector
 
 RIDGE = 300.0  # λ
-PICTURE_WEIGHT = 10.0  # w of a row that stands for a whole picture; a single token's is 1
-SIDES = 1.5  # length of the four directions, in lengths of a text embedding
-LOUDNESS = 2.5  # standard deviation of the LLM's picture tokens, in that of its text embeddings
+PICTURE_WEIGHT = 100.0  # w of a row that stands for a whole picture; a single token's is 1
+SIDES = 1.0  # length of the four directions, in lengths of a text embedding
+LOUDNESS = 6.0  # standard deviation of the LLM's picture tokens, in that of its text embeddings
 KEPT = 0.5  # share of the random start that stays, so that all else that the tower sees comes through too
 RECORDS = 4000  # of each kind, at most
 CHUNK = 64
