@@ -58,8 +58,7 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
             table = model.llm.get_input_embeddings().weight
             align(model.projector, records, store, model.conversation.tokens, table)
     if config.train.compile:
-        for layer in model.llm.base_model.layers:
-            layer.compile(dynamic=True)
+        compile_layers(model)
     trainer = OctaviusTrainer(
         model=model,
         args=training_arguments(config),
@@ -77,6 +76,12 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     }
     (output / "train.json").write_text(json.dumps(report, indent=1))
     return model, report
+
+
+def compile_layers(model: Octavius) -> None:
+    """Have torch.compile fuse each decoder layer, for batches of any length."""
+    for layer in model.llm.base_model.layers:
+        layer.compile(dynamic=True)
 
 
 def keep_freed_memory() -> None:
