@@ -89,7 +89,7 @@ void few_expand(const Few<E>& job, int64_t first, int64_t columns, float* c) {
   for (int t = 0; t < job.T; ++t)
     for (int64_t n = 0; n < columns; n += 2 * kLanes) {
       const int64_t left = columns - n, more = left > kLanes ? left - kLanes : 0;
-      F low = load(c + t * kColumns + n), high = load(c + t * kColumns + n + kLanes);
+      F low = load(c + t * kFewColumns + n), high = load(c + t * kFewColumns + n + kLanes);
       for (int k = 0; k < job.K; ++k) {
         const S* b = (const S*)job.lora_b.data + job.experts[t * job.K + k] * job.expert_stride + first + n;
         const float* s = job.s + (int64_t(t) * job.K + k) * job.R;
@@ -99,27 +99,27 @@ void few_expand(const Few<E>& job, int64_t first, int64_t columns, float* c) {
           if (more) high = multiply_add(value, floats(b + kLanes, more), high);
         }
       }
-      store(c + t * kColumns + n, low), store(c + t * kColumns + n + kLanes, high);
+      store(c + t * kFewColumns + n, low), store(c + t * kFewColumns + n + kLanes, high);
     }
 }
 
 template <class E>
 void few_rows(const Few<E>& job, int64_t first) {
-  const int64_t columns = std::min<int64_t>(kColumns, job.F - first);
-  auto* c = (float*)scratch(kSums, job.T * kColumns * sizeof(float));
+  const int64_t columns = std::min<int64_t>(kFewColumns, job.F - first);
+  auto* c = (float*)scratch(kSums, job.T * kFewColumns * sizeof(float));
   int64_t n = 0;
   const auto rows = [&](auto count) {
     for (; n + count() <= columns; n += count())
       for (int t = 0; t < job.T; t += kTile)
         dots_rows<E, count()>(std::min(kTile, job.T - t), job.rows + t * job.stride, job.stride,
                               job.weight + (first + n) * job.weight_stride, job.weight_stride, job.D,
-                              c + t * kColumns + n, kColumns);
+                              c + t * kFewColumns + n, kFewColumns);
   };
   rows(std::integral_constant<int, 4>());
   rows(std::integral_constant<int, 1>());
   for (int t = 0; t < job.T; ++t)
-    for (int64_t i = columns; i < kColumns; ++i) c[t * kColumns + i] = 0;
+    for (int64_t i = columns; i < kFewColumns; ++i) c[t * kFewColumns + i] = 0;
   job.lora_b.is_float ? few_expand<float>(job, first, columns, c) : few_expand<E>(job, first, columns, c);
   for (int t = 0; t < job.T; ++t)
-    finish(c + t * kColumns, job.bias ? job.bias + first : nullptr, columns, job.out + t * job.F + first);
+    finish(c + t * kFewColumns, job.bias ? job.bias + first : nullptr, columns, job.out + t * job.F + first);
 }

@@ -14,11 +14,10 @@ struct bf16 {
   uint16_t bits;
 };
 
-constexpr int kTile = 6;     // rows of one register tile
-constexpr int kLanes = 16;   // columns of one packed panel
-constexpr int kPanels = 4;   // packed panels of one task: 64 columns
-constexpr int kColumns = kLanes * kPanels;
-constexpr int kChunk = 32;   // tiles of one task
+constexpr int kTile = 6;       // rows of one register tile
+constexpr int kLanes = 16;     // columns of one packed panel
+constexpr int kColumns = 256;  // of one task; its sums, rows and weights stay in an L2 cache of 1 MB
+constexpr int kChunk = 32;     // tiles worked on together
 
 struct Tile {
   int32_t row, rows;     // first row, how many
@@ -115,6 +114,7 @@ struct Few {  // out = rows · weightᵀ + bias + s · lora, for few rows: weigh
   float* h;                  // [splits, T, K, R]
 };
 
+constexpr int kFewColumns = 64;  // of one task
 constexpr int kSplit = 1024;  // of D, in the shrink of few rows
 
 template <class E>

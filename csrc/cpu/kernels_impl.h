@@ -8,49 +8,53 @@ constexpr int64_t words_of(int64_t depth) {
   return (depth + kPer<E> - 1) / kPer<E>;
 }
 
-constexpr int64_t kBlock = 144;  // words of depth at a time: 64 columns of them fill two thirds of an L1 cache of 48 KB
+constexpr int64_t kBlock = 192;  // words of depth at a time: 64 columns of them, 48 KB, stream from L2 and half stay in L1
+constexpr int kWide = kVectors * kLanes;  // columns of a register tile
 
-enum Scratch { kWeights, kLora, kSums, kRows, kLeft, kBits };
+// Blocks of depth, as equal as can be.
+struct Blocks {
+  int64_t words, count, size;
+  explicit Blocks(int64_t all) : words(all), count((all + kBlock - 1) / kBlock), size((all + count - 1) / count) {}
+};
+
+enum Scratch { kWeights, kLora, kSums, kRows, kLeft, kBits, kMany };
 
 // One product of a register tile: rows at `a`, each a_row bytes apart, a word each a_step bytes, against packed columns.
 struct Segment {
   const char* a;
   int64_t a_row, a_step;
-  const uint32_t* b[kPanels];
-  int64_t depth;            // elements
-  const char* next;         // the rows of the next tile, to prefetch, or null
+  const uint32_t* b[kVectors];
+  int64_t words;            // 16 times the depth in words, at least one word
 };
 
+// The accumulators start from c or from zeros by one path of loads: a second one would make the compiler spill them.
 template <class E, int M, int N>
-void tile_of(const Segment* segments, int count, float* c, int64_t stride, bool add_to) {
+__attribute__((noinline)) void tile_of(const Segment* s, int count, float* c, int64_t stride, bool add_to) {
+  alignas(64) static const float zeros[kWide] = {};
+  const float* start = add_to ? c : zeros;
+  const int64_t start_stride = add_to ? stride : 0;
   F acc[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = add_to ? load(c + m * stride + n * kLanes) : zero();
-  for (const Segment* s = segments; s < segments + count; ++s) {
-    const char* a = s->a;
-    const int64_t row = s->a_row, step = s->a_step, whole = s->depth / kPer<E>;
+    for (int n = 0; n < N; ++n) acc[m][n] = load(start + m * start_stride + n * kLanes);
+  const Segment* end = s + count;
+  do {
+    const int64_t row = s->a_row, step = s->a_step;
+    const char *low = s->a, *high = s->a + 3 * row;
+    asm("" : "+r"(high));  // two pointers and one stride take fewer registers than six rows
     const uint32_t* b[N];
     for (int n = 0; n < N; ++n) b[n] = s->b[n];
-    for (int64_t w = 0; w < whole;) {
-      if (s->next)
-        for (int m = 0; m < M; ++m) __builtin_prefetch(s->next + m * row + w * 4);
-      for (const int64_t end = w + 16 < whole ? w + 16 : whole; w < end; ++w, a += step) {
-        U y[N];
-        for (int n = 0; n < N; ++n) y[n] = load_words(b[n] + w * kLanes);
-        for (int m = 0; m < M; ++m) {
-          U x = spread_word(a + m * row);
-          for (int n = 0; n < N; ++n) acc[m][n] = dot(acc[m][n], x, y[n], E());
-        }
-      }
-    }
-    if (whole * kPer<E> < s->depth)  // an odd bf16, and never what lies after it
+    int64_t w = 0;
+    const int64_t words = s->words;
+    do {
+      U y[N];
+      for (int n = 0; n < N; ++n) y[n] = load_words(b[n] + w);
       for (int m = 0; m < M; ++m) {
-        uint16_t last;
-        std::memcpy(&last, a + m * row, 2);
-        U x = spread_word(uint32_t(last));
-        for (int n = 0; n < N; ++n) acc[m][n] = dot(acc[m][n], x, load_words(b[n] + whole * kLanes), E());
+        U x = spread_word(m < 3 ? low + m * row : high + (m - 3) * row);
+        for (int n = 0; n < N; ++n) acc[m][n] = dot(acc[m][n], x, y[n], E());
       }
-  }
+      w += kLanes, low += step, high += step;
+    } while (w < words);
+  } while (++s < end);
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) store(c + m * stride + n * kLanes, acc[m][n]);
 }
@@ -76,6 +80,29 @@ void tile(const Segment* segments, int count, int rows, int vectors, float* c, i
     case 5: return tile_rows<E, 5>(segments, count, vectors, c, stride, add_to);
     default: return tile_rows<E, 6>(segments, count, vectors, c, stride, add_to);
   }
+}
+
+// The product of rows of E and packed columns b, as one segment, and one more for an odd last bf16, which is copied to
+// `odd`: what lies after it may be anything. Returns how many.
+template <class E>
+int row_segments(const E* rows, int64_t stride, int count, int64_t depth, const uint32_t* const* b, int vectors,
+                 Segment* segments, uint32_t* odd) {
+  const int64_t words = depth / kPer<E> * kLanes, row = stride * sizeof(E);
+  Segment* s = segments;
+  if (words) {
+    *s = {(const char*)rows, row, 4, {}, words};
+    std::copy_n(b, vectors, s++->b);
+  }
+  if (depth % kPer<E>) {
+    for (int r = 0; r < count; ++r) {
+      odd[r] = 0;
+      std::memcpy(odd + r, rows + r * stride + depth - 1, sizeof(uint16_t));
+    }
+    *s = {(const char*)odd, 4, 4, {}, kLanes};
+    for (int v = 0; v < vectors; ++v) s->b[v] = b[v] + words;
+    ++s;
+  }
+  return int(s - segments);
 }
 
 // Sixteen words whose low (only) parts are the elements at p.
@@ -232,33 +259,34 @@ void fold(const Shrink<E>& job, const Tile& t, const float* z) {
 
 template <class E>
 void shrink(const Shrink<E>& job, int64_t begin, int64_t end) {
-  const int64_t all = words_of<E>(job.D) * kLanes;
-  const int64_t step = job.mask.on ? 512 : job.D;
+  const Blocks blocks(words_of<E>(job.D));
+  const int64_t wide = job.groups * kLanes, step = blocks.size * kPer<E>;
+  const int64_t slots = job.tiles[end - 1].slot + job.tiles[end - 1].slots - job.tiles[begin].slot;
   auto* dropped = job.mask.on ? (E*)scratch(kRows, kTile * step * sizeof(E)) : nullptr;
-  for (int64_t i = begin; i < end; ++i) {
-    const Tile& t = job.tiles[i];
-    const int64_t panels = t.slots * job.groups;
-    auto* z = (float*)scratch(kSums, kTile * panels * kLanes * sizeof(float));
-    for (int64_t d = 0; d < job.D; d += step) {
-      const int64_t depth = std::min(step, job.D - d);
+  auto* sums = (float*)scratch(kSums, slots * kTile * wide * sizeof(float));
+  for (int64_t d = 0; d < job.D; d += step)
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile& t = job.tiles[i];
+      const int64_t panels = t.slots * job.groups, depth = std::min(step, job.D - d);
+      float* z = sums + int64_t(t.slot - job.tiles[begin].slot) * kTile * wide;
       const E* rows = job.rows + t.row * job.stride + d;
-      Segment s{(const char*)rows, job.stride * int64_t(sizeof(E)), 4, {}, depth, nullptr};
-      if (dropped) {
-        for (int r = 0; r < t.rows; ++r)
-          drop(job.mask, (t.row + r) * job.D + d, depth, rows + r * job.stride, dropped + r * step);
-        s.a = (const char*)dropped, s.a_row = step * sizeof(E);
-      }
+      for (int r = 0; dropped && r < t.rows; ++r)
+        drop(job.mask, (t.row + r) * job.D + d, depth, rows + r * job.stride, dropped + r * step);
       for (int64_t p = 0; p < panels; p += kVectors) {
         const int n = std::min<int64_t>(kVectors, panels - p);
+        const uint32_t* b[kVectors];
         for (int v = 0; v < n; ++v) {
-          const int64_t slot = (p + v) / job.groups, group = (p + v) % job.groups;
-          s.b[v] = job.panels + (job.experts[t.slot + slot] * job.groups + group) * all + d / kPer<E> * kLanes;
+          const int64_t panel = job.experts[t.slot + (p + v) / job.groups] * job.groups + (p + v) % job.groups;
+          b[v] = job.panels + (panel * blocks.words + d / kPer<E>) * kLanes;
         }
-        tile<E>(&s, 1, t.rows, n, z + p * kLanes, panels * kLanes, d > 0);
+        Segment s[2];
+        uint32_t odd[kTile];
+        const int count = dropped ? row_segments(dropped, step, t.rows, depth, b, n, s, odd)
+                                  : row_segments(rows, job.stride, t.rows, depth, b, n, s, odd);
+        tile<E>(s, count, t.rows, n, z + p * kLanes, t.slots * wide, d > 0);
       }
+      if (d + step >= job.D) fold(job, t, z);
     }
-    fold(job, t, z);
-  }
 }
 
 template <class E>
@@ -281,70 +309,84 @@ void finish(const float* c, const E* bias, int64_t n, E* out) {
   }
 }
 
-// The rank-space products of a tile, one per expert, as segments.
+// The rank-space products of a tile, one per expert, as segments: of n panels from panel v on.
 template <class E>
-int expand_segments(const Expand<E>& job, const Tile& t, const uint32_t* lora, int vector, int n, Segment* segments) {
-  const int64_t even = words_of<E>(job.R) * kPer<E>, all = words_of<E>(job.R) * kLanes;
+int expand_segments(const Expand<E>& job, const Tile& t, const uint32_t* lora, int all, int v, int n, Segment* segments) {
+  const int64_t words = words_of<E>(job.R), even = words * kPer<E>;
   for (int j = 0; j < t.slots; ++j) {
-    Segment& s = segments[j];
-    s.a = (const char*)(job.s + int64_t(t.slot) * kTile * even + j * even);
-    s.a_row = t.slots * even * sizeof(E), s.a_step = 4, s.depth = even, s.next = nullptr;
-    for (int v = 0; v < n; ++v) s.b[v] = lora + (job.experts[t.slot + j] * kPanels + vector + v) * all;
+    const E* s = job.s + int64_t(t.slot) * kTile * even + j * even;
+    segments[j] = {(const char*)s, int64_t(t.slots * even * sizeof(E)), 4, {}, words * kLanes};
+    for (int u = 0; u < n; ++u) segments[j].b[u] = lora + (job.experts[t.slot + j] * all + v + u) * words * kLanes;
   }
   return t.slots;
 }
 
 template <class E>
-void expand(const Expand<E>& job, int64_t first, int64_t begin, int64_t end) {
-  const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), all = words_of<E>(job.D);
-  const int64_t blocks = std::max<int64_t>(1, (all + kBlock - 1) / kBlock), block = (all + blocks - 1) / blocks;
-  const int64_t rank = words_of<E>(job.R) * kLanes;
-  const int vectors = (columns + kLanes - 1) / kLanes;
-  auto* weights = (uint32_t*)scratch(kWeights, all * kColumns * 4);
-  auto* lora = (uint32_t*)scratch(kLora, job.num_experts * kPanels * rank * 4);
-  auto* sums = (float*)scratch(kSums, kChunk * kTile * kColumns * sizeof(float));
-  pack<E>(job.weight, 0, first, columns, job.D, weights);
-  for (int e = 0; e < job.num_experts; ++e) pack<E>(job.lora, e, first, columns, job.R, lora + e * kPanels * rank);
-  std::vector<Segment> segments(job.num_experts + 1);
-  for (; begin < end; begin += kChunk) {
-    const int64_t stop = std::min(end, begin + kChunk);
-    for (int64_t k = 0; k < blocks; ++k)
-      for (int64_t i = begin; i < stop; ++i) {
-        const Tile& t = job.tiles[i];
-        float* c = sums + (i - begin) * kTile * kColumns;
-        const char* rows = (const char*)(job.rows + k * block * kPer<E>);
-        const int64_t bytes = job.stride * sizeof(E), depth = std::min(block * kPer<E>, job.D - k * block * kPer<E>);
-        for (int v = 0; v < vectors; v += kVectors) {
-          const int n = std::min(kVectors, vectors - v);
-          int count = k ? 0 : expand_segments(job, t, lora, v, n, segments.data());
-          bool add_to = k > 0;
-          if (count && job.mask.on) {
-            tile<E>(segments.data(), count, t.rows, n, c + v * kLanes, kColumns, false);
-            for (int r = 0; r < t.rows; ++r) {
-              float* row = c + r * kColumns + v * kLanes;
-              const int64_t width = std::min<int64_t>(n * kLanes, columns - v * kLanes);
-              drop(job.mask, (t.row + r) * job.columns + first + v * kLanes, width, row, row);
-            }
-            count = 0, add_to = true;
-          }
-          Segment& s = segments[count];
-          s.a = rows + t.row * bytes, s.a_row = bytes, s.a_step = 4, s.depth = depth;
-          s.next = i + 1 < stop ? rows + job.tiles[i + 1].row * bytes : nullptr;
-          for (int u = 0; u < n; ++u) s.b[u] = weights + ((v + u) * all + k * block) * kLanes;
-          tile<E>(segments.data(), count + 1, t.rows, n, c + v * kLanes, kColumns, add_to);
-        }
-        if (k + 1 == blocks)
-          for (int r = 0; r < t.rows; ++r)
-            finish(c + r * kColumns, job.bias ? job.bias + first : nullptr, columns,
-                   job.out + (t.row + r) * job.out_stride + first);
-      }
-  }
+void finish_tile(const Expand<E>& job, const Tile& t, int64_t first, const float* c) {
+  for (int r = 0; r < t.rows; ++r)
+    finish(c + r * kWide, job.bias ? job.bias + first : nullptr, std::min<int64_t>(kWide, job.columns - first),
+           job.out + (t.row + r) * job.out_stride + first);
 }
 
+// Columns first .. first + kColumns of the rows of tiles begin .. end.
+template <class E>
+void expand(const Expand<E>& job, int64_t first, int64_t begin, int64_t end) {
+  const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), rank = words_of<E>(job.R) * kLanes;
+  const Blocks blocks(words_of<E>(job.D));
+  const int64_t step = blocks.size * kPer<E>;
+  const int panels = (columns + kLanes - 1) / kLanes;
+  auto* weights = (uint32_t*)scratch(kWeights, blocks.words * panels * kLanes * 4);
+  auto* lora = (uint32_t*)scratch(kLora, job.num_experts * panels * rank * 4);
+  auto* sums = (float*)scratch(kSums, kChunk * kTile * kColumns * sizeof(float));
+  auto* segments = (Segment*)scratch(kMany, (job.num_experts + 2) * sizeof(Segment));
+  pack<E>(job.weight, 0, first, columns, job.D, weights);
+  for (int e = 0; e < job.num_experts; ++e) pack<E>(job.lora, e, first, columns, job.R, lora + e * panels * rank);
+  for (; begin < end; begin += kChunk)
+    for (int64_t d = 0; d < job.D; d += step)
+      for (int v = 0; v < panels; v += kVectors) {
+        const int n = std::min(kVectors, panels - v);
+        const int64_t depth = std::min(step, job.D - d), from = first + v * kLanes;
+        const uint32_t* b[kVectors];
+        for (int u = 0; u < n; ++u) b[u] = weights + ((v + u) * blocks.words + d / kPer<E>) * kLanes;
+        for (int64_t i = begin; i < std::min(end, begin + kChunk); ++i) {
+          const Tile& t = job.tiles[i];
+          float* c = sums + ((v / kVectors) * kChunk + i - begin) * kTile * kWide;
+          bool add_to = d > 0;
+          int count = d ? 0 : expand_segments(job, t, lora, panels, v, n, segments);
+          if (count && job.mask.on) {
+            tile<E>(segments, count, t.rows, n, c, kWide, false);
+            const int64_t width = std::min<int64_t>(kWide, job.columns - from);
+            for (int r = 0; r < t.rows; ++r)
+              drop(job.mask, (t.row + r) * job.columns + from, width, c + r * kWide, c + r * kWide);
+            count = 0, add_to = true;
+          }
+          uint32_t odd[kTile];
+          const E* rows = job.rows + t.row * job.stride + d;
+          count += row_segments(rows, job.stride, t.rows, depth, b, n, segments + count, odd);
+          tile<E>(segments, count, t.rows, n, c, kWide, add_to);
+          if (d + step >= job.D) finish_tile(job, t, from, c);
+        }
+      }
+}
+
+// One block of an expert's rows: sums[R rounded up][panels · 16] (+)= leftᵀ · right, both packed
+template <class E>
+void sum_block(const uint32_t* left, const uint32_t* right, int64_t words, int R, int panels, float* sums, bool add_to) {
+  for (int v = 0; v < panels; v += kVectors)
+    for (int g = 0; g * kLanes < R; ++g)
+      for (int r = 0; r < kLanes && g * kLanes + r < R; r += kTile) {
+        const int n = std::min(kVectors, panels - v), rows = std::min({kTile, kLanes - r, R - g * kLanes - r});
+        Segment s{(const char*)(left + g * words * kLanes + r), 4, kLanes * 4, {}, words * kLanes};
+        for (int u = 0; u < n; ++u) s.b[u] = right + (v + u) * words * kLanes;
+        tile<E>(&s, 1, rows, n, sums + (g * kLanes + r) * kColumns + v * kLanes, kColumns, add_to);
+      }
+}
+
+// Columns first .. first + kColumns of every expert's sum.
 template <class E>
 void sum(const Sum<E>& job, int64_t first) {
   const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), most = kBlock * kPer<E>;
-  const int vectors = (columns + kLanes - 1) / kLanes, groups = (job.R + kLanes - 1) / kLanes;
+  const int panels = (columns + kLanes - 1) / kLanes, groups = (job.R + kLanes - 1) / kLanes;
   auto* right = (uint32_t*)scratch(kWeights, kBlock * kColumns * 4);
   auto* left = (uint32_t*)scratch(kLeft, groups * kBlock * kLanes * 4);
   auto* sums = (float*)scratch(kSums, groups * kLanes * kColumns * sizeof(float));
@@ -353,28 +395,22 @@ void sum(const Sum<E>& job, int64_t first) {
     const int64_t begin = job.starts[e], end = job.starts[e + 1];
     if (begin == end) std::memset(sums, 0, groups * kLanes * kColumns * sizeof(float));
     for (int64_t at = begin; at < end; at += most) {
-      const int64_t depth = std::min(most, end - at), all = words_of<E>(depth) * kLanes;
+      const int64_t depth = std::min(most, end - at);
+      const auto row = [&](int64_t i) { return job.rows + job.row[at + i] * job.stride + first; };
       pack_down<E, E>([&](int64_t i) { return job.s + job.place[at + i]; }, job.R, depth, left);
       if (dropped) {
         for (int64_t i = 0; i < depth; ++i)
-          drop(job.mask, job.row[at + i] * job.columns + first, columns,
-               job.rows + job.row[at + i] * job.stride + first, dropped + i * kColumns);
+          drop(job.mask, job.row[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
         pack_down<E, E>([&](int64_t i) { return dropped + i * kColumns; }, columns, depth, right);
       } else {
-        pack_down<E, E>([&](int64_t i) { return job.rows + job.row[at + i] * job.stride + first; }, columns, depth, right);
+        pack_down<E, E>(row, columns, depth, right);
       }
-      for (int g = 0; g < groups; ++g)
-        for (int r = 0; r < kLanes && g * kLanes + r < job.R; r += kTile)
-          for (int v = 0; v < vectors; v += kVectors) {
-            const int n = std::min(kVectors, vectors - v), rows = std::min({kTile, kLanes - r, job.R - g * kLanes - r});
-            Segment s{(const char*)(left + g * all + r), 4, kLanes * 4, {}, all / kLanes * kPer<E>, nullptr};
-            for (int u = 0; u < n; ++u) s.b[u] = right + (v + u) * all;
-            tile<E>(&s, 1, rows, n, sums + (g * kLanes + r) * kColumns + v * kLanes, kColumns, at > begin);
-          }
+      sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums, at > begin);
     }
     float* out = job.out + int64_t(e) * job.R * job.columns;
-    for (int r = 0; r < job.R; ++r)
-      for (int64_t c = 0; c < columns; ++c)
-        out[job.across ? (first + c) * job.R + r : r * job.columns + first + c] = sums[r * kColumns + c];
+    for (int64_t c = 0; job.across && c < columns; ++c)
+      for (int r = 0; r < job.R; ++r) out[(first + c) * job.R + r] = sums[r * kColumns + c];
+    for (int r = 0; !job.across && r < job.R; ++r)
+      std::memcpy(out + r * job.columns + first, sums + r * kColumns, columns * sizeof(float));
   }
 }

@@ -224,7 +224,7 @@ void expand(const Tensor& rows, const Source& weight, const Source& lora, const 
   job.mask = mask;
   const int64_t panels = (job.columns + kColumns - 1) / kColumns, tiles = plan.tiles.size();
   const int64_t chunks = (tiles + kChunk - 1) / kChunk, threads = at::get_num_threads();
-  const int64_t ranges = threads == 1 || panels >= 8 * threads ? 1 : std::min(chunks, (8 * threads + panels - 1) / panels);
+  const int64_t ranges = threads == 1 || panels >= 4 * threads ? 1 : std::min(chunks, (4 * threads + panels - 1) / panels);
   each(panels * ranges, [&](int64_t i) {
     const int64_t range = i % ranges, begin = range * chunks / ranges * kChunk, end = (range + 1) * chunks / ranges * kChunk;
     kernels<E>().expand(job, i / ranges * kColumns, begin, std::min(end, tiles));
@@ -259,7 +259,7 @@ void few_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensor&
   h.copy_(at::from_blob(parts.data(), {T, width}, at::kFloat));
   for (int64_t i = 0; i < T * width; ++i) parts[i] *= plan.gates[i / call.R()];
   job.s = parts.data();
-  each((call.F() + kColumns - 1) / kColumns, [&](int64_t i) { kernels<E>().few_rows(job, i * kColumns); });
+  each((call.F() + kFewColumns - 1) / kFewColumns, [&](int64_t i) { kernels<E>().few_rows(job, i * kFewColumns); });
 }
 
 template <class E>
