@@ -144,6 +144,7 @@ void pack_across(const S* data, int64_t stride, int64_t columns, int64_t depth, 
           p = buffer;
         }
         x[r] = row_words(p, E());
+        __builtin_prefetch((const char*)p + 512);
       }
       transpose(x);
       for (int64_t i = 0; i < std::min<int64_t>(all - w, kLanes); ++i) store_words(out + (w + i) * kLanes, x[i]);

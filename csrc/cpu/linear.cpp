@@ -231,7 +231,7 @@ void expand(const Tensor& rows, const Source& weight, const Source& lora, const 
   });
 }
 
-constexpr int64_t kFewRows = 32;
+constexpr int64_t kFewRows = 16;
 
 template <class E>
 bool few(const Call& call, int64_t T) {
