@@ -106,6 +106,8 @@ struct Few {  // out = rows · weightᵀ + bias + s · lora, for few rows: weigh
   Matrix lora_b;             // [E, R, F]
   int64_t expert_stride;
   const int32_t* experts;    // [T, K]
+  const int32_t* used;       // those of them, each once, rising
+  int num_used;
   const float* s;            // [T, K, R]
   int K, R;
   E* out;                    // [T, F]

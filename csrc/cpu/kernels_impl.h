@@ -144,6 +144,7 @@ void pack_across(const S* data, int64_t stride, int64_t columns, int64_t depth, 
           p = buffer;
         }
         x[r] = row_words(p, E());
+        __builtin_prefetch((const char*)p + 512);
       }
       transpose(x);
       for (int64_t i = 0; i < std::min<int64_t>(all - w, kLanes); ++i) store_words(out + (w + i) * kLanes, x[i]);
@@ -211,14 +212,14 @@ inline void drop(const Mask& mask, int64_t first, int64_t n, const float* x, flo
 inline F floats(const float* p, int64_t n) {
   if (n >= kLanes) return load(p);
   float buffer[kLanes] = {};
-  std::memcpy(buffer, p, n * sizeof(float));
+  if (n > 0) std::memcpy(buffer, p, n * sizeof(float));
   return load(buffer);
 }
 
 inline F floats(const bf16* p, int64_t n) {
   if (n >= kLanes) return widen(p);
   bf16 buffer[kLanes] = {};
-  std::memcpy(buffer, p, n * sizeof(bf16));
+  if (n > 0) std::memcpy(buffer, p, n * sizeof(bf16));
   return widen(buffer);
 }
 
@@ -382,6 +383,29 @@ void sum_block(const uint32_t* left, const uint32_t* right, int64_t words, int R
       }
 }
 
+// sums [R][kColumns] to [R, columns], or to [columns, R] in blocks of sixteen by sixteen.
+template <class E>
+void store_sums(const Sum<E>& job, const float* sums, int64_t first, int64_t columns, float* out) {
+  if (!job.across) {
+    for (int r = 0; r < job.R; ++r)
+      std::memcpy(out + r * job.columns + first, sums + r * kColumns, columns * sizeof(float));
+    return;
+  }
+  for (int r = 0; r < job.R; r += kLanes)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      U x[kLanes];
+      for (int i = 0; i < kLanes; ++i) x[i] = load_words(sums + (r + i) * kColumns + c);
+      transpose(x);
+      for (int i = 0; i < std::min<int64_t>(kLanes, columns - c); ++i) {
+        float* p = out + (first + c + i) * job.R + r;
+        if (job.R - r >= kLanes)
+          store_words(p, x[i]);
+        else
+          std::memcpy(p, &x[i], (job.R - r) * sizeof(float));
+      }
+    }
+}
+
 // Columns first .. first + kColumns of every expert's sum.
 template <class E>
 void sum(const Sum<E>& job, int64_t first) {
@@ -407,10 +431,6 @@ void sum(const Sum<E>& job, int64_t first) {
       }
       sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums, at > begin);
     }
-    float* out = job.out + int64_t(e) * job.R * job.columns;
-    for (int64_t c = 0; job.across && c < columns; ++c)
-      for (int r = 0; r < job.R; ++r) out[(first + c) * job.R + r] = sums[r * kColumns + c];
-    for (int r = 0; !job.across && r < job.R; ++r)
-      std::memcpy(out + r * job.columns + first, sums + r * kColumns, columns * sizeof(float));
+    store_sums(job, sums, first, columns, job.out + int64_t(e) * job.R * job.columns);
   }
 }

@@ -231,7 +231,7 @@ void expand(const Tensor& rows, const Source& weight, const Source& lora, const 
   });
 }
 
-constexpr int64_t kFewRows = 32;
+constexpr int64_t kFewRows = 16;
 
 template <class E>
 bool few(const Call& call, int64_t T) {
@@ -253,6 +253,7 @@ void few_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensor&
   std::vector<int32_t> used(plan.chosen);
   std::sort(used.begin(), used.end());
   used.erase(std::unique(used.begin(), used.end()), used.end());
+  job.used = used.data(), job.num_used = int(used.size());
   each(int64_t(used.size()) * splits, [&](int64_t i) { kernels<E>().few_shrink(job, used[i / splits], i % splits); });
   for (int64_t split = 1; split < splits; ++split)
     for (int64_t i = 0; i < T * width; ++i) parts[i] += parts[split * T * width + i];
