@@ -44,7 +44,14 @@ def matrix_rows(ins: Instruction, program: Program):
     def execute(s, m):
         lanes = np.arange(s.n) if m is None else np.flatnonzero(m)
         addr = where(s)[lanes].reshape(-1, 32)[:, : 8 * count]
-        at = row_access(s, ins, addr, lanes.reshape(-1, 32)[:, : 8 * count], "read" if load else "write")
+        rows = lanes.reshape(-1, 32)[:, : 8 * count]
+        if load:
+            at = row_access(s, ins, addr, rows, "read")
+        else:
+            pairs = np.stack([np.broadcast_to(read(s), s.n)[lanes].reshape(-1, 32) for read in reads], 1)
+            x = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, count, 8, 8)
+            x = np.ascontiguousarray(x.swapaxes(2, 3) if transpose else x)
+            at = row_access(s, ins, addr, rows, "write", lambda: x.view(np.uint8).reshape(-1, 16))
         half = s.batch.shared.view(np.uint16)
         index = (at // 2).reshape(-1, count, 8)[..., None] + np.arange(8)
         if load:
@@ -54,9 +61,7 @@ def matrix_rows(ins: Instruction, program: Program):
             for j, write in enumerate(writes):
                 write(s, spread(s, pairs[:, j], m), m)
         else:
-            pairs = np.stack([np.broadcast_to(read(s), s.n)[lanes].reshape(-1, 32) for read in reads], 1)
-            x = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, count, 8, 8)
-            half[index] = x.swapaxes(2, 3) if transpose else x
+            half[index] = x
 
     return execute
 
@@ -70,7 +75,7 @@ def spread(s, rows: np.ndarray, m) -> np.ndarray:
     return full
 
 
-def row_access(s, ins, addr: np.ndarray, lanes: np.ndarray, kind: str) -> np.ndarray:
+def row_access(s, ins, addr: np.ndarray, lanes: np.ndarray, kind: str, values=None) -> np.ndarray:
     """Check and record rows of 16 bytes, [warps, rows]; returns their places in the flat shared memory."""
     if (addr & 15).any():
         raise Fault("misaligned", "a matrix row in shared memory is not aligned to 16 bytes")
@@ -79,7 +84,11 @@ def row_access(s, ins, addr: np.ndarray, lanes: np.ndarray, kind: str) -> np.nda
     s.launch.profile.count_rows(ins, addr, kind)
     at = addr + s.shared_base[lanes]
     if s.batch.shadow is not None:
-        (s.batch.shadow.read if kind == "read" else s.batch.shadow.write)(s.warp[lanes].reshape(-1), at.reshape(-1), 16)
+        warp, flat = s.warp[lanes].reshape(-1), at.reshape(-1)
+        if kind == "read":
+            s.batch.shadow.read(warp, flat, 16)
+        else:
+            s.batch.shadow.write(warp, flat, 16, values)
     return at
 
 
