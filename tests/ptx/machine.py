@@ -76,8 +76,8 @@ def granule(program: Program, space: str) -> int:
             space in "".join(ins.mods) or not any("shared" in m or "global" in m for m in ins.mods)
         ):
             sizes.append(max(bits(ins.type) // 8, 1))
-        elif ins.name in ("ldmatrix", "stmatrix", "mma", "wgmma"):
-            sizes.append(2)
+        elif ins.name in ("ldmatrix", "stmatrix", "wgmma") and space == "shared":
+            sizes.append(1 if {"e4m3", "e5m2", "s8"} & set(ins.mods) else 2)
     return min(sizes)
 
 
@@ -251,7 +251,7 @@ class Warps:
         self.R = [zero[w] for _, w in self.program.registers.values()]
         self.carry = np.zeros(n, bool)
         self.copies = copies.Queue(n)
-        self.wgmma = tensor_core.WgmmaQueue()
+        self.products = tensor_core.Products(n)
 
     def make_special(self, thread: np.ndarray) -> dict[str, np.ndarray]:
         launch = self.launch
