@@ -5,7 +5,6 @@ profile = launch(kernel, grid, x, y, n, target=90, num_warps=4, BLOCK=128)
 """
 
 import ctypes
-import types
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,7 +14,7 @@ from triton.runtime import driver as triton_driver
 from triton.runtime.cache import get_cache_manager
 
 from ptx.counters import Profile
-from ptx.machine import Launch
+from ptx.machine import Settings, run
 from ptx.memory import Buffer
 from ptx.module import program_of
 
@@ -35,15 +34,6 @@ def buffer(name: str, x: torch.Tensor, uninitialised: bool = False) -> Buffer:
     return Buffer(name, np.frombuffer(raw, np.uint8), first, (first, last), uninitialised)
 
 
-class Options(types.SimpleNamespace):
-    """How launches run, and what the last one did."""
-
-    races: bool = True
-    seed: int | None = None
-    uninitialised: tuple[torch.Tensor, ...] = ()
-    profile: Profile | None = None
-
-
 class Launcher:
     """What Triton calls for each launch."""
 
@@ -54,22 +44,19 @@ class Launcher:
             self.program, self.steps = program_of(file.read(), metadata.name)
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
-        options, values = triton_driver.active.options, []
+        emulator, values = triton_driver.active.emulator, []
         for (name, type), arg in zip(self.src.signature.items(), args, strict=True):
             if type == "constexpr":
                 continue
             if isinstance(arg, torch.Tensor):
-                values.append(buffer(name, arg, any(arg is t for t in options.uninitialised)))
+                values.append(buffer(name, arg, any(arg is t for t in emulator.uninitialised)))
             elif isinstance(arg, bool | int | float):
                 values.append(float(arg) if type in ("fp32", "fp64", "fp16", "bf16") else int(arg))
             else:
                 raise TypeError(f"argument {name} of {self.metadata.name} is a {arg.__class__.__name__}: not supported")
-        grid = (x, y, z)
-        if 0 in grid:
-            return
-        threads = self.program.threads
-        run = Launch(self.program, grid, (threads,), values, self.metadata.shared, options.races, options.seed)
-        options.profile = run.run(self.steps)
+        if x * y * z:
+            launch = ((x, y, z), (self.program.threads,), values, self.metadata.shared)
+            emulator.profile = run(self.program, self.steps, emulator.settings, *launch)
 
 
 class Utils:
@@ -92,8 +79,8 @@ class Utils:
 class Driver:
     """Triton's view of the emulated device; its number is the target, so that compiled kernels are kept apart."""
 
-    def __init__(self, target: int, options: Options):
-        self.target, self.options = target, options
+    def __init__(self, target: int, emulator: "Emulator"):
+        self.target, self.emulator = target, emulator
         self.utils, self.launcher_cls = Utils(target), Launcher
 
     def get_current_target(self) -> GPUTarget:
@@ -123,22 +110,18 @@ class Emulator:
 
     Args:
         target: compute capability: 80, 90 or 100.
-        races: look for races and uninitialised memory.
-        seed: None runs all warps in step; a number runs warps alone, in an order drawn from it.
         uninitialised: tensors that must not be read before they are written.
+        settings: `races`, `seed` and `schedules`, see `Settings`.
+
+    Attributes:
+        profile: the counters of the last launch.
     """
 
-    def __init__(
-        self, target: int = 80, races: bool = True, seed: int | None = None, uninitialised: Iterable[torch.Tensor] = ()
-    ):
-        self.options = Options(races=races, seed=seed, uninitialised=tuple(uninitialised), profile=None)
-        self.driver = Driver(target, self.options)
+    profile: Profile | None = None
 
-    @property
-    def profile(self) -> Profile:
-        """Of the last launch."""
-        assert self.options.profile is not None, "nothing was launched"
-        return self.options.profile
+    def __init__(self, target: int = 80, uninitialised: Iterable[torch.Tensor] = (), **settings):
+        self.uninitialised, self.settings = tuple(uninitialised), Settings(**settings)
+        self.driver = Driver(target, self)
 
     def __enter__(self) -> "Emulator":
         self.before = triton_driver._active
@@ -150,23 +133,15 @@ class Emulator:
 
 
 def launch(
-    kernel,
-    grid,
-    *args,
-    target: int = 80,
-    num_warps: int = 4,
-    num_stages: int = 2,
-    races: bool = True,
-    seed=None,
-    uninitialised=(),
-    **constexprs,
+    kernel, grid, *args, target=80, num_warps=4, num_stages=2, uninitialised=(), races=True, seed=None, schedules=1, **constexprs
 ) -> Profile:
     """Compile a Triton kernel for a GPU and run it on CPU tensors.
 
     Args:
         grid: blocks in x, y, z, or a function of the arguments, as in `kernel[grid]`.
         args, constexprs: of the kernel.
-        target, races, seed, uninitialised: as in `Emulator`.
+        num_warps, num_stages: options of the compilation.
+        target, uninitialised, races, seed, schedules: as in `Emulator`.
 
     Returns:
         the counters of the launch.
@@ -175,6 +150,7 @@ def launch(
         Fault: the kernel made a mistake.
         Unknown: the kernel uses an instruction that the emulator does not know.
     """
-    with Emulator(target, races, seed, uninitialised) as emulator:
+    with Emulator(target, uninitialised, races=races, seed=seed, schedules=schedules) as emulator:
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    assert emulator.profile is not None, "the grid is empty: nothing ran"
     return emulator.profile
