@@ -41,10 +41,11 @@ class Launcher:
         self.src, self.metadata = src, metadata
         path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
         with open(path, encoding="utf-8") as file:
-            self.program, self.steps = program_of(file.read(), metadata.name)
+            self.text = file.read()
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
         emulator, values = triton_driver.active.emulator, []
+        program, steps = program_of(emulator.rewrite(self.text) if emulator.rewrite else self.text, self.metadata.name)
         for (name, type), arg in zip(self.src.signature.items(), args, strict=True):
             if type == "constexpr":
                 continue
@@ -55,8 +56,8 @@ class Launcher:
             else:
                 raise TypeError(f"argument {name} of {self.metadata.name} is a {arg.__class__.__name__}: not supported")
         if x * y * z:
-            launch = ((x, y, z), (self.program.threads,), values, self.metadata.shared)
-            emulator.profile = run(self.program, self.steps, emulator.settings, *launch)
+            launch = ((x, y, z), (program.threads,), values, self.metadata.shared)
+            emulator.profile = run(program, steps, emulator.settings, *launch)
 
 
 class Utils:
@@ -111,6 +112,7 @@ class Emulator:
     Args:
         target: compute capability: 80, 90 or 100.
         uninitialised: tensors that must not be read before they are written.
+        rewrite: changes the PTX text before it runs, to plant faults.
         settings: `races`, `seed` and `schedules`, see `Settings`.
 
     Attributes:
@@ -119,8 +121,8 @@ class Emulator:
 
     profile: Profile | None = None
 
-    def __init__(self, target: int = 80, uninitialised: Iterable[torch.Tensor] = (), **settings):
-        self.uninitialised, self.settings = tuple(uninitialised), Settings(**settings)
+    def __init__(self, target: int = 80, uninitialised: Iterable[torch.Tensor] = (), rewrite=None, **settings):
+        self.uninitialised, self.rewrite, self.settings = tuple(uninitialised), rewrite, Settings(**settings)
         self.driver = Driver(target, self)
 
     def __enter__(self) -> "Emulator":
@@ -132,16 +134,15 @@ class Emulator:
         triton_driver._active = self.before
 
 
-def launch(
-    kernel, grid, *args, target=80, num_warps=4, num_stages=2, uninitialised=(), races=True, seed=None, schedules=1, **constexprs
-) -> Profile:
+def launch(kernel, grid, *args, target: int = 80, emulator: dict | None = None, **options) -> Profile:
     """Compile a Triton kernel for a GPU and run it on CPU tensors.
 
     Args:
         grid: blocks in x, y, z, or a function of the arguments, as in `kernel[grid]`.
-        args, constexprs: of the kernel.
-        num_warps, num_stages: options of the compilation.
-        target, uninitialised, races, seed, schedules: as in `Emulator`.
+        args: of the kernel.
+        target: compute capability.
+        emulator: further arguments of `Emulator`: `dict(seed=1)`.
+        options: the kernel's constants, and `num_warps` and `num_stages` of its compilation.
 
     Returns:
         the counters of the launch.
@@ -150,7 +151,7 @@ def launch(
         Fault: the kernel made a mistake.
         Unknown: the kernel uses an instruction that the emulator does not know.
     """
-    with Emulator(target, uninitialised, races=races, seed=seed, schedules=schedules) as emulator:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-    assert emulator.profile is not None, "the grid is empty: nothing ran"
-    return emulator.profile
+    with Emulator(target, **(emulator or {})) as running:
+        kernel[grid](*args, **options)
+    assert running.profile is not None, "the grid is empty: nothing ran"
+    return running.profile

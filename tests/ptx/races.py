@@ -138,6 +138,15 @@ class SharedShadow:
         self.landing[g] = False
         self.written[g] = self.clocks.now[warp][:, None]
 
+    def hold(self, places: np.ndarray) -> None:
+        """An asynchronous instruction of one warp begins to read granules."""
+        self.held[places] += 1
+
+    def release(self, warp: int, places: np.ndarray) -> None:
+        """It has read them, and its warp knows: others must hear of it before they write."""
+        self.held[places] -= 1
+        self.read_at[warp % self.clocks.warps, places] = self.clocks.now[warp]
+
     def where(self, g: np.ndarray, bad: np.ndarray) -> str:
         size = len(self.writer) * self.granule // self.clocks.blocks
         return f" (shared byte {int(g[bad][0]) * self.granule % size})"

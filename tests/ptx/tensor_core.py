@@ -171,7 +171,7 @@ class Products:
             done = here[warps] & (group < self.group[warps] - left)
             for warp in warps[done]:
                 for places in held.pop(int(warp), []):
-                    s.batch.shadow.held[places] -= 1
+                    s.batch.shadow.release(int(s.warp[32 * warp]), places)
             if not done.all():
                 self.flying.append((warps[~done], group[~done], registers, held))
         busy: dict[int, np.ndarray] = {}
@@ -273,5 +273,5 @@ class WarpgroupProduct:
         shadow.read(np.repeat(s.warp[lane], at.shape[1]), at.reshape(-1), self.element, proxy=True)
         for i, first in enumerate(lane):
             places = shadow.granules(at[i], self.element).reshape(-1)
-            shadow.held[places] += 1
+            shadow.hold(places)
             held.setdefault(int(first) // 32, []).append(places)
