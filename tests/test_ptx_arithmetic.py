@@ -14,7 +14,8 @@ PRECISION = {"f32": (24, -126, 127), "bf16": (8, -126, 127), "f16": (11, -14, 15
 def run(statement: str, count: int, *inputs: np.ndarray) -> np.ndarray:
     """One instruction in 32-bit registers a, b, c to d; `count` results of 32 bits."""
     loads = "".join(
-        f"ld.param.u64 %rd1, [p{i}]; add.s64 %rd1, %rd1, %rd9; ld.global.b32 %{'abc'[i]}, [%rd1];" for i in range(len(inputs))
+        f"ld.param.u64 %rd1, [p{i}]; add.s64 %rd1, %rd1, %rd9; ld.global.b32 %{'abc'[i]}, [%rd1];"
+        for i in range(len(inputs))
     )
     params = ", ".join(f".param .u64 p{i}" for i in range(len(inputs) + 1))
     text = f"""
@@ -73,7 +74,12 @@ def nearest(x: Fraction, type: str, mode: str = "rn") -> float:
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
 def test_fma_is_rounded_once(mode):
     a, b, c = near_floats(1), near_floats(2), near_floats(3)
-    c[:64] = (-(a[:64].view("f4").astype("f8") * b[:64].view("f4")).astype("f4")).view("u4")  # what is left of the product
+    c[:64] = (-(a[:64].view("f4").astype("f8") * b[:64].view("f4")).astype("f4")).view(
+        "u4"
+    )  # what is left of the product
+    near = 2.0**-12 * np.array([1 + 2.0**-23, 1 - 2.0**-23], "f4")
+    a[64:66], b[64:66] = (near[0] * np.array([1, -1], "f4")).view("u4"), near[1:].view("u4")
+    c[64:66] = np.array([1 + 2.0**-23, -1 - 2.0**-23], "f4").view("u4")  # float64 rounds these sums onto a midpoint
     got = run(f"fma.{mode}.f32 %d, %a, %b, %c;", 256, a, b, c).view("f4")
     for g, x, y, z in zip(got, *(v.view("f4") for v in (a, b, c)), strict=True):
         if not np.isfinite([x, y, z]).all():
@@ -83,13 +89,20 @@ def test_fma_is_rounded_once(mode):
             assert float(g) == want, (x, y, z)
 
 
-@pytest.mark.parametrize("instruction, type", [("cvt.rn.f16.f32 %h0, %a; cvt.u32.u16 %d, %h0;", "f16"), ("cvt.rn.bf16.f32 %h0, %a; cvt.u32.u16 %d, %h0;", "bf16"), ("cvt.rn.satfinite.e5m2x2.f32 %h0, 0f00000000, %a; cvt.u32.u16 %d, %h0;", "e5m2")])  # fmt: skip
-def test_conversion_is_to_nearest_even(instruction, type):
+CONVERSIONS = {
+    "f16": ("cvt.rn.f16.f32 %h0, %a;", lambda raw: raw.astype("u2").view("f2")),
+    "bf16": ("cvt.rn.bf16.f32 %h0, %a;", lambda raw: (raw << 16).view("f4")),
+    "e5m2": ("cvt.rn.satfinite.e5m2x2.f32 %h0, 0f00000000, %a;", lambda raw: (raw << 8).astype("u2").view("f2")),
+}
+
+
+@pytest.mark.parametrize("type", CONVERSIONS)
+def test_conversion_is_to_nearest_even(type):
     a = near_floats(4)
     a[:100] = np.linspace(-7e4, 7e4, 100, dtype="f4").view("u4")
-    got = run(instruction, 256, a)
-    value = {"f16": lambda r: r.astype("u2").view("f2"), "bf16": lambda r: (r << 16).view("f4"), "e5m2": lambda r: (r << 8).astype("u2").view("f2")}
-    for g, x in zip(value[type](got).astype("f8"), a.view("f4"), strict=True):
+    statement, value = CONVERSIONS[type]
+    got = value(run(f"{statement} cvt.u32.u16 %d, %h0;", 256, a)).astype("f8")
+    for g, x in zip(got, a.view("f4"), strict=True):
         if np.isfinite(x):
             want = nearest(Fraction(float(x)), type)
             assert g == (np.clip(want, -57344, 57344) if type == "e5m2" else want), x
@@ -107,7 +120,7 @@ INTEGERS = {
     "mul.lo.s32 %d, %a, %b;": lambda a, b, c: a * b,
     "mul.hi.u32 %d, %a, %b;": lambda a, b, c: a * b >> 32,
     "mul.hi.s32 %d, %a, %b;": lambda a, b, c: signed(a) * signed(b) >> 32,
-    "mad.wide.s32 %q, %a, %b, 77; shr.u64 %q, %q, 32; cvt.u32.u64 %d, %q;": lambda a, b, c: signed(a) * signed(b) + 77 >> 32,
+    "mad.wide.s32 %q, %a, %b, 9; mov.b64 {%r2, %d}, %q;": lambda a, b, c: signed(a) * signed(b) + 9 >> 32,
     "mad.lo.cc.u32 %r2, %a, %b, %c; madc.hi.u32 %d, %a, %b, 0;": lambda a, b, c: a * b + c >> 32,
     "add.cc.u32 %r2, %a, %b; addc.u32 %d, %c, 0;": lambda a, b, c: c + (a + b >> 32),
     "sub.cc.u32 %r2, %a, %b; subc.u32 %d, %c, 0;": lambda a, b, c: c - (a < b),
@@ -118,7 +131,7 @@ INTEGERS = {
     "shr.u32 %d, %a, %b;": lambda a, b, c: a >> b if b < 32 else 0,
     "shr.s32 %d, %a, %b;": lambda a, b, c: signed(a) >> min(b, 31),
     "and.b32 %r2, %b, 31; shr.s32 %d, %a, %r2;": lambda a, b, c: signed(a) >> b % 32,
-    "and.b32 %r2, %b, 63; and.b32 %r3, %c, 31; bfe.u32 %d, %a, %r2, %r3;": lambda a, b, c: a >> b % 64 & (1 << c % 32) - 1,
+    "and.b32 %r2, %b, 63; and.b32 %r3, %c, 31; bfe.u32 %d, %a, %r2, %r3;": lambda a, b, c: a >> b % 64 & low(c),
     "and.b32 %r2, %b, 31; and.b32 %r3, %c, 31; bfe.s32 %d, %a, %r2, %r3;": lambda a, b, c: field(a, b % 32, c % 32),
     "and.b32 %r2, %c, 15; bfi.b32 %d, %a, %b, %r2, 9;": lambda a, b, c: (a & 511) << c % 16 | b & ~(511 << c % 16),
     "prmt.b32 %d, %a, %b, %c;": lambda a, b, c: permuted(a | b << 32, c),
@@ -141,6 +154,10 @@ INTEGERS = {
 }  # fmt: skip
 
 
+def low(length: int) -> int:
+    return (1 << length % 32) - 1
+
+
 def field(a: int, start: int, length: int) -> int:
     value = (signed(a) >> start) & (1 << length) - 1
     return value - (1 << length) * (value >> length - 1) if length else 0
@@ -161,17 +178,29 @@ def test_integer_instruction(statement):
     b[::3] &= 31
     got = run(statement, 256, a, b, c)
     want = [int(INTEGERS[statement](int(x), int(y), int(z))) & 0xFFFFFFFF for x, y, z in zip(a, b, c, strict=True)]
-    assert (got == want).all(), [(hex(x), hex(y), hex(z)) for x, y, z, g, w in zip(a, b, c, got, want, strict=True) if g != w][:3]
+    assert (got == want).all(), [
+        (hex(x), hex(y), hex(z)) for x, y, z, g, w in zip(a, b, c, got, want, strict=True) if g != w
+    ][:3]
 
 
 def test_comparisons_and_extremes_with_nan():
     nan, one, two = 0x7FC00000, 0x3F800000, 0x40000000
     a, b = (np.array(v * 8, "u4") for v in ([nan, one, nan, two], [one, nan, nan, one]))
-    for name, want in dict(lt=[0, 0, 0, 0], ltu=[1, 1, 1, 0], ne=[0, 0, 0, 1], neu=[1, 1, 1, 1], num=[0, 0, 0, 1], nan=[1, 1, 1, 0], ge=[0, 0, 0, 1]).items():
+    for name, want in {
+        "lt": [0, 0, 0, 0],
+        "ltu": [1, 1, 1, 0],
+        "ne": [0, 0, 0, 1],
+        "neu": [1, 1, 1, 1],
+        "num": [0, 0, 0, 1],
+        "nan": [1, 1, 1, 0],
+        "ge": [0, 0, 0, 1],
+    }.items():
         assert list(run(f"setp.{name}.f32 %p0, %a, %b; selp.u32 %d, 1, 0, %p0;", 32, a, b)[:4]) == want, name
     assert list(run("max.f32 %d, %a, %b;", 32, a, b)[[0, 1, 3]]) == [one, one, two]
     assert np.isnan(run("max.NaN.f32 %d, %a, %b;", 32, a, b).view("f4")[:3]).all()
-    assert list(run("cvt.rzi.s32.f32 %d, %a;", 32, np.array([nan, 0x4F800000, 0xCF800000, 0xBFC00000] * 8, "u4"))[:4]) == [0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+    assert list(
+        run("cvt.rzi.s32.f32 %d, %a;", 32, np.array([nan, 0x4F800000, 0xCF800000, 0xBFC00000] * 8, "u4"))[:4]
+    ) == [0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
 
 
 def test_flush_to_zero_and_saturation():
@@ -197,8 +226,19 @@ def test_packed_pairs():
     assert (run(text, 256, a, b).view("f4") == (y * y + y).astype("f4")).all()
 
 
-@pytest.mark.parametrize("name, function, bound", [("ex2.approx", np.exp2, 2**-22), ("lg2.approx", np.log2, 2**-22), ("rcp.approx", lambda v: 1 / v, 2**-23), ("rsqrt.approx", lambda v: 1 / np.sqrt(v), 2**-22.4), ("sin.approx", np.sin, 2**-20.5), ("tanh.approx", np.tanh, 2**-11)])  # fmt: skip
-def test_approximations_are_within_the_documented_bound(name, function, bound):
+APPROXIMATE = {  # the function and the bound of the PTX manual, relative or absolute, whichever is larger
+    "ex2.approx": (np.exp2, 2**-22),
+    "lg2.approx": (np.log2, 2**-22),
+    "rcp.approx": (lambda v: 1 / v, 2**-23),
+    "rsqrt.approx": (lambda v: 1 / np.sqrt(v), 2**-22.4),
+    "sin.approx": (np.sin, 2**-20.5),
+    "tanh.approx": (np.tanh, 2**-11),
+}
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_approximation_is_within_the_documented_bound(name):
+    function, bound = APPROXIMATE[name]
     x = np.random.default_rng(0).uniform(0.5, 2, 256).astype("f4")
     got = run(f"{name}.f32 %d, %a;", 256, x.view("u4")).view("f4")
     want = function(x.astype("f8"))

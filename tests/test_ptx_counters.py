@@ -87,7 +87,9 @@ def test_matmul():
             assert traffic.bytes == 4 * 64 * 128 * 2 and traffic.efficiency == 1 and traffic.sectors_per_request == 16
         assert profile.stores("c_ptr").bytes == 128 * 128 * 4 and profile.stores("c_ptr").efficiency == 1
         assert profile.executed("mma") == (8 * 16 * 8 if target == 80 else 0)
-        assert profile.executed("wgmma.mma_async") == (0 if target == 80 else 4 * 4 * 4 * 2)  # blocks, warps, tiles, halves
+        assert profile.executed("wgmma.mma_async") == (
+            0 if target == 80 else 4 * 4 * 4 * 2
+        )  # blocks, warps, tiles, halves
         assert profile.shared().conflicts == 0
 
 

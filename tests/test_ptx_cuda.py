@@ -1,4 +1,4 @@
-"""CUDA C++ through nvcc: the kernels of ptx/data/kernels.cu agree with numpy, from the committed PTX and from a fresh one."""
+"""CUDA C++ through nvcc: the kernels of ptx/data/kernels.cu agree with numpy, from committed and from fresh PTX."""
 
 import math
 import shutil

@@ -35,9 +35,11 @@ def instead(old: str, new: str):
 
 
 def in_example(name: str, target: int, rewrite):
-    return lambda seed: EXAMPLE[name].run(launch, target, emulator=dict(rewrite=rewrite, seed=seed))
+    return lambda seed: EXAMPLE[name].run(launch, target, emulator={"rewrite": rewrite, "seed": seed})
 
 
+FEW = instead("cp.async.wait_group \t2", "cp.async.wait_group 4")
+LATE = instead("cp.async.wait_group \t2;\n\tbar.sync \t0;", "bar.sync 0; cp.async.wait_group 2;")
 REWRITES = {  # what is planted in the code of which example and target: the kind of fault
     ("softmax", 80, "no barrier before the last read", without("bar.sync", 1)): "race",
     ("softmax", 80, "no barrier before the next write", without("bar.sync", 2)): "race",
@@ -46,8 +48,8 @@ REWRITES = {  # what is planted in the code of which example and target: the kin
     ("matmul fp16 stages", 80, "no barrier after the wait", without("bar.sync", 1)): "race",
     ("matmul fp16 stages", 80, "no barrier before the refill", without("bar.sync", 2)): "race",
     ("matmul fp16 stages", 80, "no wait", without("cp.async.wait_group", 0)): "asynchronous copy",
-    ("matmul fp16 stages", 80, "a wait for too few", instead("cp.async.wait_group \t2", "cp.async.wait_group 4")): "asynchronous copy",
-    ("matmul fp16 stages", 80, "a wait after the barrier", instead("cp.async.wait_group \t2;\n\tbar.sync \t0;", "bar.sync 0; cp.async.wait_group 2;")): "race",
+    ("matmul fp16 stages", 80, "a wait for too few", FEW): "asynchronous copy",
+    ("matmul fp16 stages", 80, "a wait after the barrier", LATE): "race",
     ("matmul fp16 stages", 90, "no barrier after the wait", without("bar.sync", 1)): "race",
     ("matmul fp16 stages", 90, "no barrier before the refill", without("bar.sync", 2)): "race",
     ("matmul fp16 stages", 90, "no wait for the copy", without("cp.async.wait_group", 0)): "asynchronous copy",
@@ -88,28 +90,36 @@ def pass_on_kernel(x_ptr, BLOCK: tl.constexpr):
 def copied(n: int, grid: int, constants: dict, start: int = 0):
     def run(seed):
         x, out = torch.zeros(start + n)[start:], torch.zeros(n)
-        launch(copy_kernel, (grid,), x, out, emulator=dict(seed=seed), **constants)
+        launch(copy_kernel, (grid,), x, out, emulator={"seed": seed}, **constants)
 
     return run
 
 
 def accumulated(seed):
     x, out = torch.zeros(128), torch.empty(128)
-    launch(add_to_kernel, (1,), x, out, BLOCK=128, emulator=dict(seed=seed, uninitialised=[out]))
+    launch(add_to_kernel, (1,), x, out, BLOCK=128, emulator={"seed": seed, "uninitialised": [out]})
 
 
 def passed_on(seed):
-    launch(pass_on_kernel, (2,), torch.zeros(3 * 64), BLOCK=64, emulator=dict(seed=seed))
+    launch(pass_on_kernel, (2,), torch.zeros(3 * 64), BLOCK=64, emulator={"seed": seed})
 
 
 def split_k(seed):
-    EXAMPLE["matmul split k"].run(launch, 80, emulator=dict(seed=seed, schedules=3))
+    EXAMPLE["matmul split k"].run(launch, 80, emulator={"seed": seed, "schedules": 3})
 
 
 KERNELS = {  # name: kind, what the message says, what runs
-    "read past the end": ("out of bounds", "after the end of x_ptr", copied(250, 1, dict(BLOCK=256, HINT=1, STRIDE=256))),
-    "misaligned vectors": ("misaligned", "of x_ptr", copied(257, 1, dict(BLOCK=256, HINT=4, STRIDE=256), start=1)),
-    "overlapping blocks": ("blocks", "two blocks write one address", copied(384, 2, dict(BLOCK=256, HINT=1, STRIDE=128))),
+    "read past the end": (
+        "out of bounds",
+        "after the end of x_ptr",
+        copied(250, 1, {"BLOCK": 256, "HINT": 1, "STRIDE": 256}),
+    ),
+    "misaligned vectors": ("misaligned", "of x_ptr", copied(257, 1, {"BLOCK": 256, "HINT": 4, "STRIDE": 256}, start=1)),
+    "overlapping blocks": (
+        "blocks",
+        "two blocks write one address",
+        copied(384, 2, {"BLOCK": 256, "HINT": 1, "STRIDE": 128}),
+    ),
     "block reads what another writes": ("blocks", "in x_ptr", passed_on),
     "uninitialised output": ("uninitialised", "out_ptr is read", accumulated),
     "float atomics": ("schedule", "c_ptr", split_k),
@@ -140,8 +150,9 @@ MODULE = """.version 8.0
   ret;
 }
 """
+OTHER = "xor.b32 %r7, %r4, 128; add.s32 %r7, %r7, %r3; ld.shared.b32 %r6, [%r7];"  # of the next warp
 STATEMENTS = {
-    "clean": (None, "st.shared.b32 [%r5], %r1; bar.sync 0; xor.b32 %r7, %r4, 128; add.s32 %r7, %r7, %r3; ld.shared.b32 %r6, [%r7];"),
+    "clean": (None, "st.shared.b32 [%r5], %r1; bar.sync 0;" + OTHER),
     "clean shuffle of half a warp": (None, "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 8, 31, 0xffff;"),
     "clean branches that meet": (None, "@%p1 bra A; mov.b32 %r6, 1; bra B; A: mov.b32 %r6, 2; B: bar.sync 0;"),
     "clean barrier of two warps": (None, "mov.b32 %r6, 0; @%p2 bra A; bar.sync 1, 96; A: bar.sync 0;"),
@@ -149,12 +160,12 @@ STATEMENTS = {
     "barrier on one side of a branch": ("barrier", "mov.b32 %r6, 0; @%p1 bra A; bar.sync 0; A: "),
     "two barriers for one": ("barrier", "mov.b32 %r6, 0; @%p2 bra A; bar.sync 0; bra B; A: bar.sync 0; B: "),
     "barrier of more than there are": ("barrier", "mov.b32 %r6, 0; bar.sync 1, 256;"),
-    "shuffle of half a warp under a full mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 8, 31, -1;"),
+    "shuffle of half a warp, full mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 8, 31, -1;"),
     "shuffle from beyond the mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 16, 31, 0xffff;"),
     "shared memory that nobody wrote": ("uninitialised", "ld.shared.b32 %r6, [%r5];"),
     "shared memory past the end": ("out of bounds", "mov.b32 %r6, 0; st.shared.b32 [%r5+700], %r6;"),
     "shared memory misaligned": ("misaligned", "mov.b32 %r6, 0; st.shared.b32 [%r5+2], %r6;"),
-    "neighbour read without barrier": ("race", "st.shared.b32 [%r5], %r1; xor.b32 %r7, %r4, 128; add.s32 %r7, %r7, %r3; ld.shared.b32 %r6, [%r7];"),
+    "neighbour read without barrier": ("race", "st.shared.b32 [%r5], %r1;" + OTHER),
     "two warps write one word": ("race", "mov.b32 %r6, 0; st.shared.b32 [%r3], %r1;"),
     "atomic beside a store": ("race", "mov.b32 %r6, 0; st.shared.b32 [%r5], %r1; red.shared.add.u32 [%r3], 1;"),
     "trap": ("trap", "mov.b32 %r6, 0; @!%p3 bra A; trap; A: "),
@@ -177,11 +188,11 @@ def test_fault_in_written_ptx_is_found(name):
 
 def test_clean_kernels_give_the_same_bytes_in_every_schedule():
     for name in ("softmax", "matmul fp16 stages", "attention", "sort", "atomics"):
-        EXAMPLE[name].run(launch, 80, emulator=dict(schedules=4))
+        EXAMPLE[name].run(launch, 80, emulator={"schedules": 4})
 
 
 def test_autotuning_is_refused():
-    configs = [triton.Config(dict(BLOCK=n)) for n in (64, 128)]
+    configs = [triton.Config({"BLOCK": n}) for n in (64, 128)]
     tuned = triton.autotune(configs, key=[])(EXAMPLE["scan"].kernel)
     with pytest.raises(RuntimeError, match="no clock"):
         launch(tuned, (1,), torch.zeros(128), torch.zeros(128))

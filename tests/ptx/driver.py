@@ -67,8 +67,8 @@ class Utils:
         self.shared = {80: 166912, 89: 101376, 120: 101376}.get(target, 232448)
 
     def get_device_properties(self, device: int) -> dict:
-        limits = dict(max_shared_mem=self.shared, multiprocessor_count=2, warpSize=32, max_num_regs=65536)
-        return limits | dict(sm_clock_rate=1, mem_clock_rate=1, mem_bus_width=1)
+        limits = {"max_shared_mem": self.shared, "multiprocessor_count": 2, "warpSize": 32, "max_num_regs": 65536}
+        return limits | {"sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int):
         return object(), object(), 0, 0, 1024

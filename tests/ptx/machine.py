@@ -1,8 +1,8 @@
 """Executes a program: lanes in step as arrays, warps that diverge and meet again, barriers, schedules.
 
-Lanes that stand at the same instruction execute it together; of several, the lowest instruction goes first, so that lanes that
-parted meet again. Instructions that need their whole warp wait for it. Without a seed all warps of many blocks go in step, which
-is fast; with one, each warp goes alone, in an order drawn from the seed.
+Lanes that stand at the same instruction execute it together; of several, the lowest instruction goes first, so that
+lanes that parted meet again. Instructions that need their whole warp wait for it. Without a seed all warps of many
+blocks go in step, which is fast; with one, each warp goes alone, in an order drawn from the seed.
 """
 
 import random
@@ -110,7 +110,10 @@ def run(program: Program, steps: list[Step], settings: Settings, *launch) -> Pro
         differ = np.flatnonzero(first.memory.bytes != other.memory.bytes)
         if len(differ):
             name = first.memory.name(int(differ[0]))
-            raise Fault("schedule", f"{program.name}: {len(differ)} bytes differ between two orders of execution, first in {name}")
+            raise Fault(
+                "schedule",
+                f"{program.name}: {len(differ)} bytes differ between two orders of execution, first in {name}",
+            )
     first.memory.copy_back()
     return profile
 
@@ -132,13 +135,14 @@ class Launch:
         if program.threads is not None and self.threads != program.threads:
             raise ValueError(f"{program.name} is compiled for blocks of {program.threads} threads, got {self.threads}")
         self.shared_bytes = -(-(-(-program.shared // 16) * 16 + shared) // 16) * 16
-        self.profile = Profile(program.name, self.grid, self.threads, program.shared + shared, program.code)
         if len(args) > len(program.params):
             raise ValueError(f"{program.name} takes {len(program.params)} arguments, got {len(args)}")
         variables = {n: v for n, v in program.variables.items() if v.space in ("const", "global")}
         module = [Buffer(n, np.frombuffer(v.data.ljust(v.size, b"\0"), np.uint8)) for n, v in variables.items()]
         buffers = [a for a in args if isinstance(a, Buffer)]
         self.memory = GlobalMemory(buffers + module)
+        names = frozenset(b.name for b in buffers + module)
+        self.profile = Profile(program.name, self.grid, self.threads, program.shared + shared, names, program.code)
         self.addresses = {b.name: self.memory.address(b) for b in module}
         self.params = bytearray(sum(8 + size for _, size, _ in program.params.values()))
         for (offset, size, _), arg in zip(program.params.values(), args, strict=False):
@@ -206,7 +210,7 @@ class Batch:
     def arrive(
         self, s: "Warps", step: Step, lanes: np.ndarray, number: np.ndarray, count: np.ndarray, wait: bool
     ) -> None:
-        """Lanes (of the batch) come to a barrier; it opens when `count` threads (0: all that live) of the block are there."""
+        """Lanes (of the batch) come to a barrier; it opens when `count` threads (0: all that live) are there."""
         for block in np.unique(lanes // self.lanes_each):
             mine = lanes[lanes // self.lanes_each == block]
             key = (int(block), int(number[0]))

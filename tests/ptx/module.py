@@ -53,5 +53,7 @@ def launch_ptx(
     """
     program, steps = program_of(text, entry)
     names = [name.removeprefix(f"{program.name}_") for name in program.params]
-    values = [array_buffer(n, a) if isinstance(a, np.ndarray) and a.ndim else a for n, a in zip(names, args, strict=False)]
+    values = [
+        array_buffer(n, a) if isinstance(a, np.ndarray) and a.ndim else a for n, a in zip(names, args, strict=False)
+    ]
     return run(program, steps, Settings(**settings), grid, block, values, shared)
