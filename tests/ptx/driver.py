@@ -57,7 +57,7 @@ class Launcher:
                 raise TypeError(f"argument {name} of {self.metadata.name} is a {arg.__class__.__name__}: not supported")
         if x * y * z:
             launch = ((x, y, z), (program.threads,), values, self.metadata.shared)
-            emulator.profile = run(program, steps, emulator.settings, *launch)
+            emulator.profiles.append(run(program, steps, emulator.settings, *launch))
 
 
 class Utils:
@@ -116,14 +116,19 @@ class Emulator:
         settings: `races`, `seed` and `schedules`, see `Settings`.
 
     Attributes:
-        profile: the counters of the last launch.
+        profiles: the counters of every launch.
     """
-
-    profile: Profile | None = None
 
     def __init__(self, target: int = 80, uninitialised: Iterable[torch.Tensor] = (), rewrite=None, **settings):
         self.uninitialised, self.rewrite, self.settings = tuple(uninitialised), rewrite, Settings(**settings)
-        self.driver = Driver(target, self)
+        self.driver, self.profiles = Driver(target, self), list[Profile]()
+
+    @property
+    def profile(self) -> Profile:
+        """The counters of the last launch."""
+        if not self.profiles:
+            raise ValueError("nothing was launched, or only empty grids")
+        return self.profiles[-1]
 
     def __enter__(self) -> "Emulator":
         self.before = triton_driver._active
@@ -153,5 +158,4 @@ def launch(kernel, grid, *args, target: int = 80, emulator: dict | None = None, 
     """
     with Emulator(target, **(emulator or {})) as running:
         kernel[grid](*args, **options)
-    assert running.profile is not None, "the grid is empty: nothing ran"
     return running.profile

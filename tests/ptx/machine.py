@@ -171,6 +171,7 @@ class Launch:
         with np.errstate(all="ignore"):
             for i in range(0, len(order), at_once):
                 Batch(self, order[i : i + at_once], rng).run()
+        self.profile.patterns.clear()
         return self.profile
 
 
