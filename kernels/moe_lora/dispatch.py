@@ -15,11 +15,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from moe_lora import reference
+from moe_lora import reference, triton_backend
 from moe_lora.routing import Plan, Routing
 
 # In the order in which "auto" asks them.
-_BACKENDS: dict[str, ModuleType] = {"reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "reference": reference}
 
 
 @dataclass(frozen=True)
