@@ -198,7 +198,8 @@ class _Call:
         if not half:
             return self._staged(_Tile(min(block_t, 64), 64, 32, 4, 3))
         wide = 128 * 256 * self.device.processors <= self.T * F and self.device.shared >= 160_000
-        return self._staged(_Tile(block_t, 256 if wide and block_t == 128 else 128, 64, 8, 4))
+        block_d = 64 if self.device.capability >= 90 else 32
+        return self._staged(_Tile(block_t, 256 if wide and block_t == 128 else 128, block_d, 8, 4))
 
     def _staged(self, tile: _Tile) -> _Tile:
         """With no more stages than fit in shared memory."""
@@ -235,7 +236,7 @@ class _Call:
         if not y.numel():
             return
         tile = self.expand_tile(F, D)
-        columns = min(self.columns, _power_of_2(self.K) * self.rank) if self.instance else self.columns
+        columns = max(self.rank, 32)
         tiles, groups = self.tiles(tile.BLOCK_T), _cdiv((self.K if self.instance else self.E) * self.rank, columns)
         _kernels().expand_kernel[(tiles * _cdiv(F, tile.BLOCK_F),)](
             x, weight, bias if bias is not None else x, lora, h, y, self.experts, self.gates, self.offsets,
@@ -250,7 +251,7 @@ class _Call:
         """dB like lora [E, R, D] of h and dy; transposed, dA like lora [E, D, R] of ds and x."""
         D = x.shape[1]
         grad = torch.empty(lora.shape, dtype=lora.dtype, device=lora.device)
-        block_t, block_d = (64, 64) if self.dtype != torch.float32 else (32, 32)
+        block_t, block_d = (32, 64) if self.dtype != torch.float32 else (32, 32)
         blocks, groups = _cdiv(D, block_d), _cdiv(self.E * self.rank, self.columns)
         longest = self.L if self.form == "instance" and not self.packed else self.T
         splits = max(1, min(2 * self.device.processors // (blocks * groups), longest // (4 * block_t)))
