@@ -197,9 +197,10 @@ class _Call:
             return self._staged(_Tile(block_t, 32, 128 if half else 64, 4, 5))
         if not half:
             return self._staged(_Tile(min(block_t, 64), 64, 32, 4, 3))
-        wide = 128 * 256 * self.device.processors <= self.T * F and self.device.shared >= 160_000
-        block_d = 64 if self.device.capability >= 90 else 32
-        return self._staged(_Tile(block_t, 256 if wide and block_t == 128 else 128, block_d, 8, 4))
+        if self.device.capability < 90:
+            return self._staged(_Tile(block_t, 128, 64, 8, 3))
+        wide = block_t == 128 and 128 * 256 * self.device.processors <= self.T * F and self.device.shared > 1 << 17
+        return self._staged(_Tile(block_t, 256 if wide else 128, 64, 8, 4))
 
     def _staged(self, tile: _Tile) -> _Tile:
         """With no more stages than fit in shared memory."""
@@ -263,7 +264,7 @@ class _Call:
             x.stride(0), stride_e, stride_r, stride_d,
             C=self.columns, INSTANCE=self.instance, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(transposed, D), BLOCK_T=block_t, BLOCK_D=block_d,
-            num_warps=4, num_stages=self._stages(3),
+            num_warps=4 if self.device.capability < 90 and self.device.backend == "cuda" else 8, num_stages=self._stages(3),
         )  # fmt: skip
         return grad if splits == 1 else self._summed(out, grad)
 
