@@ -552,8 +552,6 @@ def to_float(ins: Instruction, dst: str, src: str) -> Callable:
 
 
 @instruction(
-    "membar",
-    "fence",
     "griddepcontrol",
     "prefetch",
     "prefetchu",
@@ -563,7 +561,6 @@ def to_float(ins: Instruction, dst: str, src: str) -> Callable:
     "applypriority",
     "createpolicy",
     "pmevent",
-    "isspacep_",
 )
 def ignored(ins: Instruction, program: Program):
     """No meaning for values: one instruction is done before the next begins. The race detector has its own rules."""

@@ -64,6 +64,8 @@ def shuffle(ins: Instruction, program: Program):
         named = np.broadcast_to(mask(s), s.n) >> source.astype(np.uint32) & 1 != 0
         if not (named if m is None else named | ~m).all():
             raise Fault("shuffle", "a lane reads from a lane that its mask does not name")
+        if m is not None and not m[(s.rows + source)[m]].all():
+            raise Fault("shuffle", "a lane reads from a lane that does not take part")
         write(s, np.broadcast_to(value(s), s.n)[s.rows + source], m)
         write_valid(s, valid, m)
 
@@ -177,4 +179,16 @@ def call(ins: Instruction, program: Program):
 
     if name not in ("vprintf", "__assertfail"):
         raise Unknown(f"call of {name}")
+    return execute
+
+
+@instruction("fence", "membar")
+def fence(ins: Instruction, program: Program):
+    """Values are always in order here; `fence.proxy.async` orders ordinary writes before asynchronous reads."""
+    if "proxy" not in ins.mods or not any("async" in mod for mod in ins.mods):
+        return lambda s, m: None
+
+    def execute(s, m):
+        s.batch.clocks.fence(np.unique(s.warp if m is None else s.warp[m]))
+
     return execute

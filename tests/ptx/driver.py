@@ -5,7 +5,6 @@ profile = launch(kernel, grid, x, y, n, target=90, num_warps=4, BLOCK=128)
 """
 
 import ctypes
-import functools
 import types
 from collections.abc import Iterable
 
@@ -16,15 +15,9 @@ from triton.runtime import driver as triton_driver
 from triton.runtime.cache import get_cache_manager
 
 from ptx.counters import Profile
-from ptx.machine import Launch, prepare
+from ptx.machine import Launch
 from ptx.memory import Buffer
-from ptx.parse import parse
-
-
-@functools.lru_cache(maxsize=256)
-def program_of(text: str, entry: str | None = None):
-    program = parse(text, entry)
-    return program, prepare(program)
+from ptx.module import program_of
 
 
 def buffer(name: str, x: torch.Tensor, uninitialised: bool = False) -> Buffer:

@@ -353,6 +353,7 @@ class Warps:
             self.count(step, active)
             self.pcs[m] = pc + 1
             self.state[active] = DONE
+            self.state[(self.state == PARKED) & np.repeat(active.reshape(-1, 32).any(1), 32)] = RUN  # to look again
             for block in np.unique(self.block_in_batch[active]):
                 self.batch.open(int(block))
         elif step.whole or step.mask:
@@ -367,8 +368,6 @@ class Warps:
         """Execute in the warps whose lanes are all here; the others wait."""
         here = active | ((self.state == PARKED) & (self.pcs == pc))
         need = self.needed(step, here)
-        if (need & (self.state == DONE)).any() and step.mask:
-            raise self.explain(Fault("shuffle", "a lane named by the mask has ended"), step)
         complete = ~(need & ~here).reshape(-1, 32).any(1)
         go = here & np.repeat(complete, 32)
         self.state[here & ~go] = PARKED
@@ -389,7 +388,7 @@ class Warps:
             return self.state != DONE if step.barrier else np.repeat(here.reshape(-1, 32).any(1), 32)
         mask = np.where(here, np.broadcast_to(step.mask(self), self.n), 0).astype(np.uint32)
         mask = np.bitwise_or.reduce(mask.reshape(-1, 32), 1)
-        return (np.repeat(mask, 32) >> self.lane.astype(np.uint32) & 1).astype(bool)
+        return (np.repeat(mask, 32) >> self.lane.astype(np.uint32) & 1).astype(bool) & (self.state != DONE)
 
     def execute(self, step: Step, m: np.ndarray | None) -> None:
         self.count(step, m)

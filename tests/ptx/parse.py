@@ -200,7 +200,7 @@ class Body:
 
     def statement(self, text: str, line: int) -> None:
         program = self.program
-        if text.startswith(".loc"):
+        if text.startswith(".loc "):
             _, file, number = text.split()[:3]
             self.source = f"{self.files.get(file, '?')}:{number}"
         elif text.startswith(".reg"):
