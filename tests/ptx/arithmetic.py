@@ -127,7 +127,7 @@ def sum_or_product(ins: Instruction, program: Program):
     if "sat" in ins.mods and type == "s32":
         function = saturate_s32(function)
     if "cc" in ins.mods:
-        raise Unknown(str(ins))
+        return with_carry(ins, program)
     return alu(ins, program, type, [type, type], finished(ins, function))
 
 
@@ -145,12 +145,39 @@ def multiply_add(ins: Instruction, program: Program):
     type = ins.type
     if is_float(type):
         return alu(ins, program, type, [type] * 3, finished(ins, exact_sum(type, rounding(ins))))
+    if "cc" in ins.mods:
+        return with_carry(ins, program)
     if "wide" in ins.mods:
         wide = f"{type[0]}{2 * bits(type)}"
         dtype = DTYPE[wide]
         return alu(ins, program, wide, [type, type, wide], lambda a, b, c: a.astype(dtype) * b.astype(dtype) + c)
     product = multiply_high if "hi" in ins.mods else np.multiply
     return alu(ins, program, type, [type] * 3, lambda a, b, c: product(a, b) + c)
+
+
+@instruction("addc", "subc", "madc")
+def with_carry(ins: Instruction, program: Program):
+    """Multi-word arithmetic: `.cc` writes the carry (of a subtraction: the borrow), addc, subc and madc read it."""
+    if bits(ins.type) != 32:
+        raise Unknown("carry of 64 bits")
+    reads = [reader(program, text, "u32") for text in ins.operands[1:]]
+    write, name, uses = writer(program, ins.operands[0], "u32"), ins.name[:3], ins.name[-1] == "c"
+
+    def execute(s, m):
+        args = [read(s).astype(np.uint64) for read in reads]
+        carry = s.carry.astype(np.uint64) if uses else np.uint64(0)
+        if name == "mad":
+            product = args[0] * args[1]
+            args = [product >> np.uint64(32) if "hi" in ins.mods else product & np.uint64(0xFFFFFFFF), args[2]]
+            if ins.type[0] == "s" and "hi" in ins.mods:
+                raise Unknown("signed high product with carry")
+        total = np.broadcast_to(args[0] - args[1] - carry if name == "sub" else args[0] + args[1] + carry, s.n)
+        write(s, total.astype(np.uint32), m)
+        if "cc" in ins.mods:
+            out = total >> np.uint64(32) != 0
+            s.carry = out if m is None else np.where(m, out, s.carry)
+
+    return execute
 
 
 @instruction("mul24", "mad24")

@@ -78,7 +78,7 @@ def copy_async(ins: Instruction, program: Program):
         finally:
             s.batch.shadow = shadow
         if shadow is not None:
-            shadow.write(s.warp[lanes], at, size, landing=True)
+            shadow.write(s.warp[lanes], at, size, lambda: data[lanes], landing=True)
         raw[at[:, None] + np.arange(size)] = data[lanes]
         s.copies.start(lanes, at, size)
 

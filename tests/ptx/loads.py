@@ -81,8 +81,12 @@ def store(ins: Instruction, program: Program):
     reads = [reader(program, name, f"b{8 * size}") for name in names]
     where, count, total = address(program, ins.operands[0]), len(names), size * len(names)
 
+    def values(s, m):
+        parts = [np.ascontiguousarray(chosen(np.broadcast_to(read(s), s.n), m)).view(np.uint8) for read in reads]
+        return np.concatenate([part.reshape(-1, size) for part in parts], 1)
+
     def execute(s, m):
-        raw, at = reach(s, ins, space, where(s), total, m, "write")
+        raw, at = reach(s, ins, space, where(s), total, m, "write", lambda: values(s, m))
         words = plain(size, raw)
         index = at // size
         for i, read in enumerate(reads):

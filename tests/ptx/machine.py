@@ -21,7 +21,7 @@ from ptx.races import Clocks, GlobalShadow, SharedShadow
 
 RUN, PARKED, BARRIER, DONE = 0, 1, 2, 3
 LANES = 4096  # that run in step
-STUCK = 4000  # steps of diverged lanes after which others than the lowest get a turn
+STUCK = 256  # steps of diverged lanes after which those that waited longest get as many
 WHOLE_WARP = {"bar", "barrier", "mma", "ldmatrix", "stmatrix", "wgmma", "elect"}  # wait for all lanes of the warp
 BY_MASK = {"shfl": -1, "vote": -1, "match": -1, "redux": -1}  # wait for the lanes named by this operand
 
@@ -76,8 +76,8 @@ def granule(program: Program, space: str) -> int:
             space in "".join(ins.mods) or not any("shared" in m or "global" in m for m in ins.mods)
         ):
             sizes.append(max(bits(ins.type) // 8, 1))
-        elif ins.name in ("ldmatrix", "stmatrix", "mma", "wgmma"):
-            sizes.append(2)
+        elif ins.name in ("ldmatrix", "stmatrix", "wgmma") and space == "shared":
+            sizes.append(1 if {"e4m3", "e5m2", "s8"} & set(ins.mods) else 2)
     return min(sizes)
 
 
@@ -159,7 +159,7 @@ class Batch:
         self.clocks = Clocks(len(blocks), self.warps_each)
         self.shadow = None
         if launch.races:
-            self.shadow = SharedShadow(self.clocks, self.shared_bytes, granule(launch.program, "shared"))
+            self.shadow = SharedShadow(self.clocks, self.shared, granule(launch.program, "shared"))
         size = n if launch.seed is None else 32
         self.groups = [Warps(self, first, size) for first in range(0, n, size)]
 
@@ -237,7 +237,7 @@ class Warps:
         self.first, self.index = first, index
         self.pcs, self.state = batch.pcs[first : first + n], batch.state[first : first + n]
         self.pc = -1 if (self.state == DONE).any() else 0  # of all lanes; -1: they differ
-        self.stuck = 0
+        self.stuck, self.turn = 0, np.zeros(n, np.int64)
         each = batch.lanes_each
         self.block_in_batch, thread = index // each, index % each
         self.lane, self.warp = index % 32, index // 32
@@ -249,8 +249,9 @@ class Warps:
         self.special = self.make_special(thread)
         zero = {w: np.zeros(n, U[w]) for w in U} | {1: np.zeros(n, bool)}
         self.R = [zero[w] for _, w in self.program.registers.values()]
+        self.carry = np.zeros(n, bool)
         self.copies = copies.Queue(n)
-        self.wgmma = tensor_core.WgmmaQueue()
+        self.products = tensor_core.Products(n)
 
     def make_special(self, thread: np.ndarray) -> dict[str, np.ndarray]:
         launch = self.launch
@@ -331,16 +332,20 @@ class Warps:
         self.count(step, m)
         self.pcs[:] = np.where(m, step.jump, self.pc + 1)
         self.pc, self.stuck = -1, 0
+        self.turn[:] = 0
 
     def step_apart(self) -> bool:
         """One instruction of the lanes that stand at the lowest; False if none can go on."""
         runnable = self.state == RUN
         if not runnable.any():
             return False
-        pcs = self.pcs[runnable]
         self.stuck += 1
-        pc = int(pcs.min()) if self.stuck < STUCK or self.stuck % 1024 < 512 else int(self.batch.rng.choice(pcs))
+        if self.stuck // STUCK % 2 == 0:
+            pc = int(self.pcs[runnable].min())
+        else:
+            pc = int(self.pcs[np.where(runnable, self.turn, self.stuck).argmin()])
         m = runnable & (self.pcs == pc)
+        self.turn[m] = self.stuck
         step = self.launch.steps[pc]
         if m.all() and not (step.stops or step.barrier):
             self.pc = pc

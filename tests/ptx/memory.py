@@ -107,7 +107,7 @@ def chosen(x: np.ndarray, m) -> np.ndarray:
     return x if m is None else x[m]
 
 
-def reach(s, ins, space: str, addr: np.ndarray, size: int, m, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def reach(s, ins, space: str, addr: np.ndarray, size: int, m, kind: str, values=None) -> tuple[np.ndarray, np.ndarray]:
     """Check, count and record an access of `size` bytes per lane.
 
     Args:
@@ -115,6 +115,7 @@ def reach(s, ins, space: str, addr: np.ndarray, size: int, m, kind: str) -> tupl
         addr: [lanes] addresses in `space` (generic ones if it is "").
         m: which lanes; None for all.
         kind: "read", "write" or "atomic".
+        values: a function to the bytes that the lanes of `m` write, for shared memory.
 
     Returns:
         the bytes of the space and the offsets in them of the lanes of `m`.
@@ -148,7 +149,7 @@ def reach(s, ins, space: str, addr: np.ndarray, size: int, m, kind: str) -> tupl
         if kind == "read":
             shadow.read(warp, at, size)
         else:
-            shadow.write(warp, at, size, kind == "atomic")
+            shadow.write(warp, at, size, values, kind == "atomic")
     return s.batch.shared, at
 
 

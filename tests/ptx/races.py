@@ -47,9 +47,9 @@ class Clocks:
 class SharedShadow:
     """The last writer, the readers and the copies in flight of each granule (the narrowest access of the kernel)."""
 
-    def __init__(self, clocks: Clocks, size: int, granule: int):
-        n = clocks.blocks * size // granule
-        self.clocks, self.granule = clocks, granule
+    def __init__(self, clocks: Clocks, memory: np.ndarray, granule: int):
+        n = len(memory) // granule
+        self.clocks, self.memory, self.granule = clocks, memory, granule
         self.writer = np.full(n, -1, np.int16)  # warp of the block
         self.written = np.zeros(n, np.int32)  # its clock
         self.read_at = np.zeros((clocks.warps, n), np.int32)  # last clock at which each warp read
@@ -89,49 +89,48 @@ class SharedShadow:
                 )
         self.read_at[(warp % clocks.warps)[:, None], g] = clocks.now[warp][:, None]
 
-    def write(self, warp: np.ndarray, at: np.ndarray, size: int, atomic: bool = False, landing: bool = False) -> None:
+    def write(self, warp: np.ndarray, at: np.ndarray, size: int, values=None, atomic=False, landing=False) -> None:
+        """Warps write; `values()` are the bytes of each lane: warps may write one value to one place, as compilers let them."""
         g, clocks = self.granules(at, size), self.clocks
-        if self.landing[g].any():
-            raise Fault(
-                "asynchronous copy",
-                "shared memory is written while a copy into it is in flight" + self.where(g, self.landing[g]),
-            )
-        if self.held[g].any():
-            raise Fault(
-                "race",
-                "shared memory is written while an asynchronous instruction still reads it"
-                + self.where(g, self.held[g] > 0),
-            )
-        seen = clocks.seen[warp]
-        bad = self.written[g] > seen[np.arange(len(warp))[:, None], self.writer[g]]
+        if (bad := self.landing[g]).any():
+            text = "shared memory is written while a copy into it is in flight"
+            raise Fault("asynchronous copy", text + self.where(g, bad))
+        if (bad := self.held[g] > 0).any():
+            raise Fault("race", "shared memory is written while an asynchronous instruction reads it" + self.where(g, bad))
+        seen, writer = clocks.seen[warp], self.writer[g]
+        bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
         if atomic:
             bad &= ~self.atomic[g]
-            if (self.writer[g] < 0).any():
-                raise Fault(
-                    "uninitialised",
-                    "an atomic meets shared memory that nobody wrote" + self.where(g, self.writer[g] < 0),
-                )
+            if (writer < 0).any():
+                raise Fault("uninitialised", "an atomic meets shared memory that nobody wrote" + self.where(g, writer < 0))
+        if bad.any() and self.changes(at, size, values, bad.any(1)):
+            text = "two warps write one place of shared memory, with no barrier between"
+            raise Fault("race", text + self.who(g, bad, warp))
+        bad = (self.read_at[:, g] > seen.T[:, :, None]).any(0)
         if bad.any():
-            raise Fault(
-                "race", "two warps write one place of shared memory, with no barrier between" + self.who(g, bad, warp)
-            )
-        bad = self.read_at[:, g] > seen.T[:, :, None]
-        if bad.any():
-            raise Fault(
-                "race",
-                "a warp writes shared memory that another read, with no barrier between"
-                + self.who(g, bad.any(0), warp),
-            )
+            text = "a warp writes shared memory that another read, with no barrier between"
+            raise Fault("race", text + self.who(g, bad, warp))
         mine = np.broadcast_to((warp % clocks.warps)[:, None], g.shape)
         self.writer[g] = mine
-        if not atomic and (self.writer[g] != mine).any():
-            raise Fault(
-                "race",
-                "two warps write one place of shared memory in one instruction" + self.where(g, self.writer[g] != mine),
-            )
+        if not atomic and (bad := self.writer[g] != mine).any() and self.disagree(at, size, values):
+            text = "two warps write one place of shared memory in one instruction"
+            raise Fault("race", text + self.where(g, bad))
         self.written[g] = clocks.now[warp][:, None]
         self.atomic[g] = atomic
         self.landing[g] = landing
+
+    def changes(self, at: np.ndarray, size: int, values, lanes: np.ndarray) -> bool:
+        if values is None:
+            return True
+        return bool((self.memory[at[lanes][:, None] + np.arange(size)] != values()[lanes]).any())
+
+    def disagree(self, at: np.ndarray, size: int, values) -> bool:
+        """Lanes that write one place have different values there."""
+        if values is None:
+            return True
+        place, value = at[:, None] + np.arange(size), values()
+        self.memory[place] = value
+        return bool((self.memory[place] != value).any())
 
     def land(self, warp: np.ndarray, at: np.ndarray, size: int) -> None:
         """An asynchronous copy has arrived, and its warp knows."""

@@ -44,7 +44,14 @@ def matrix_rows(ins: Instruction, program: Program):
     def execute(s, m):
         lanes = np.arange(s.n) if m is None else np.flatnonzero(m)
         addr = where(s)[lanes].reshape(-1, 32)[:, : 8 * count]
-        at = row_access(s, ins, addr, lanes.reshape(-1, 32)[:, : 8 * count], "read" if load else "write")
+        rows = lanes.reshape(-1, 32)[:, : 8 * count]
+        if load:
+            at = row_access(s, ins, addr, rows, "read")
+        else:
+            pairs = np.stack([np.broadcast_to(read(s), s.n)[lanes].reshape(-1, 32) for read in reads], 1)
+            x = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, count, 8, 8)
+            x = np.ascontiguousarray(x.swapaxes(2, 3) if transpose else x)
+            at = row_access(s, ins, addr, rows, "write", lambda: x.view(np.uint8).reshape(-1, 16))
         half = s.batch.shared.view(np.uint16)
         index = (at // 2).reshape(-1, count, 8)[..., None] + np.arange(8)
         if load:
@@ -54,9 +61,7 @@ def matrix_rows(ins: Instruction, program: Program):
             for j, write in enumerate(writes):
                 write(s, spread(s, pairs[:, j], m), m)
         else:
-            pairs = np.stack([np.broadcast_to(read(s), s.n)[lanes].reshape(-1, 32) for read in reads], 1)
-            x = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, count, 8, 8)
-            half[index] = x.swapaxes(2, 3) if transpose else x
+            half[index] = x
 
     return execute
 
@@ -70,7 +75,7 @@ def spread(s, rows: np.ndarray, m) -> np.ndarray:
     return full
 
 
-def row_access(s, ins, addr: np.ndarray, lanes: np.ndarray, kind: str) -> np.ndarray:
+def row_access(s, ins, addr: np.ndarray, lanes: np.ndarray, kind: str, values=None) -> np.ndarray:
     """Check and record rows of 16 bytes, [warps, rows]; returns their places in the flat shared memory."""
     if (addr & 15).any():
         raise Fault("misaligned", "a matrix row in shared memory is not aligned to 16 bytes")
@@ -79,7 +84,11 @@ def row_access(s, ins, addr: np.ndarray, lanes: np.ndarray, kind: str) -> np.nda
     s.launch.profile.count_rows(ins, addr, kind)
     at = addr + s.shared_base[lanes]
     if s.batch.shadow is not None:
-        (s.batch.shadow.read if kind == "read" else s.batch.shadow.write)(s.warp[lanes].reshape(-1), at.reshape(-1), 16)
+        warp, flat = s.warp[lanes].reshape(-1), at.reshape(-1)
+        if kind == "read":
+            s.batch.shadow.read(warp, flat, 16)
+        else:
+            s.batch.shadow.write(warp, flat, 16, values)
     return at
 
 
@@ -146,13 +155,34 @@ def accumulator(pairs: int) -> tuple[np.ndarray, np.ndarray]:
     return row, column
 
 
-class WgmmaQueue:
-    """Results of wgmma that are not there yet: by register, and which shared memory is still being read."""
+class Products:
+    """Products of wgmma in flight: their warps, the group each warp put them in, their registers, the places they read."""
 
-    def __init__(self):
-        self.results: dict[int, np.ndarray] = {}
-        self.open: list = []
-        self.groups: list[list] = []
+    def __init__(self, n: int):
+        self.group = np.zeros(n // 32, np.int64)  # that each warp fills now
+        self.results: dict[int, np.ndarray] = {}  # register: what it will hold
+        self.flying: list[tuple[np.ndarray, np.ndarray, list[int], dict[int, list[np.ndarray]]]] = []
+
+    def wait(self, s, m, left: int) -> None:
+        """All but the last `left` groups of the warps are done: their registers hold the result."""
+        here = np.ones(s.n // 32, bool) if m is None else m.reshape(-1, 32).any(1)
+        flying, self.flying = self.flying, []
+        for warps, group, registers, held in flying:
+            done = here[warps] & (group < self.group[warps] - left)
+            for warp in warps[done]:
+                for places in held.pop(int(warp), []):
+                    s.batch.shadow.held[places] -= 1
+            if not done.all():
+                self.flying.append((warps[~done], group[~done], registers, held))
+        busy: dict[int, np.ndarray] = {}
+        for warps, _, registers, _ in self.flying:
+            for index in registers:
+                busy.setdefault(index, np.zeros(len(here), bool))[warps] = True
+        for index, value in list(self.results.items()):
+            ready = np.repeat(here & ~busy.get(index, np.zeros(len(here), bool)), 32)
+            s.R[index] = np.where(ready, value, s.R[index])
+        if not self.flying:
+            self.results.clear()
 
 
 @instruction("wgmma")
@@ -162,27 +192,13 @@ def warpgroup(ins: Instruction, program: Program):
     if ins.mods[0] == "commit_group":
 
         def commit(s, m):
-            s.wgmma.groups.append(s.wgmma.open)
-            s.wgmma.open = []
+            s.products.group[slice(None) if m is None else m.reshape(-1, 32).any(1)] += 1
 
         return commit
     if ins.mods[0] == "wait_group":
         left = int(ins.operands[0])
-        return lambda s, m: wait_group(s, left)
+        return lambda s, m: s.products.wait(s, m, left)
     return WarpgroupProduct(ins, program)
-
-
-def wait_group(s, left: int) -> None:
-    queue = s.wgmma
-    while len(queue.groups) > left:
-        for held in queue.groups.pop(0):
-            if s.batch.shadow is not None:
-                for places in held:
-                    s.batch.shadow.held[places] -= 1
-    if not queue.groups and not queue.open:
-        for index, value in queue.results.items():
-            s.R[index] = value
-        queue.results.clear()
 
 
 class WarpgroupProduct:
@@ -206,37 +222,39 @@ class WarpgroupProduct:
         self.pa, self.pd = fragment("a", self.k, 4 // self.element), accumulator(len(names) // 2)
 
     def __call__(self, s, m) -> None:
-        if m is not None or (s.n % 128 and s.n != 32):
-            raise Fault("barrier", "wgmma in diverged warps")
-        warps = s.n // 32
-        held = []
-        b = self.operand(s, s_first(self.desc_b(s), s, 32), np.arange(self.n), self.trans_b, self.tb, held)
+        lanes = (np.arange(s.n) if m is None else np.flatnonzero(m)).reshape(-1, 32)
+        held: dict[int, list[np.ndarray]] = {}
+        b = self.operand(s, lanes, self.desc_b, np.arange(self.n)[None], self.trans_b, self.tb, held)
         if self.a:
-            a = gather(s, self.a, self.ta, np.arange(s.n), self.pa, (16, self.k))
+            a = gather(s, self.a, self.ta, lanes.reshape(-1), self.pa, (16, self.k))
         else:
-            rows = 16 * (s.warp[::32] % s.batch.warps_each % 4)[:, None] + np.arange(16)
-            a = self.operand(s, s_first(self.desc_a(s), s, 32), rows, self.trans_a, self.ta, held)
+            rows = 16 * (s.warp[lanes[:, :1]] % s.batch.warps_each % 4) + np.arange(16)
+            a = self.operand(s, lanes, self.desc_a, rows, self.trans_a, self.ta, held)
         product = (self.signs[0] * a) @ (self.signs[1] * b).swapaxes(1, 2)
-        keep = np.broadcast_to(self.keep(s), s.n)
-        values = product[:, self.pd[0][..., 0], self.pd[1][..., 0]].swapaxes(0, 1).reshape(len(self.d), s.n)
-        poison = np.full(s.n, 0x7FC0DEAD, np.uint32)
+        values = product[:, self.pd[0][..., 0], self.pd[1][..., 0]].swapaxes(0, 1)
+        keep, pending = np.broadcast_to(self.keep(s), s.n), s.products.results
+        poison = np.uint32(0x7FC0DEAD)
         for index, value in zip(self.d, values, strict=True):
-            old = typed(s.wgmma.results.get(index, s.R[index]), self.td)
-            total = np.where(keep, old, 0).astype(value.dtype) + value
-            s.wgmma.results[index] = untyped(total.astype(DTYPE[self.td]), self.td)
-            s.R[index] = poison
-        s.wgmma.open.append(held)
-        s.launch.profile.flops[f"{self.ta} mma"] += 2 * 16 * self.n * self.k * warps
+            before = pending.get(index, s.R[index])
+            busy = s.R[index] == poison  # a result in flight, onto which hardware adds in order
+            old = typed(np.where(busy, before, s.R[index]), self.td)
+            total = np.where(keep, old, 0).astype(value.dtype) + spread(s, value, m)
+            total = untyped(total.astype(DTYPE[self.td]), self.td)
+            pending[index] = total if m is None else np.where(m, total, before)
+            s.R[index] = np.full(s.n, poison) if m is None else np.where(m, poison, s.R[index])
+        warps = lanes[:, 0] // 32
+        s.products.flying.append((warps, s.products.group[warps], self.d, held))
+        s.launch.profile.flops[f"{self.ta} mma"] += 2 * 16 * self.n * self.k * len(warps)
 
-    def operand(self, s, desc: np.ndarray, rows: np.ndarray, trans: int, type: str, held: list) -> np.ndarray:
-        """[warps, rows, K] elements that descriptors name: start, leading and stride offsets, swizzle of 128, 64 or 32 bytes."""
-        d = desc.astype(np.int64)[:, None, None]
+    def operand(self, s, lanes, descriptor, rows, trans: int, type: str, held: dict) -> np.ndarray:
+        """[warps, rows, K] elements named by descriptors: start, leading and stride offsets, swizzle of 128, 64 or 32 bytes."""
+        d = np.broadcast_to(descriptor(s), s.n)[lanes[:, 0]]
+        mode, d = d >> np.uint64(62), d.astype(np.int64)[:, None, None]
         start, leading, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
-        mode = int(desc[0] >> np.uint64(62))
-        span = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
-        if span == 16:
+        if (mode != mode[0]).any() or mode[0] == 0:
             raise Unknown("wgmma without swizzle")
-        i, k = np.broadcast_to(rows, (len(desc), rows.shape[-1]))[..., None], np.arange(self.k)[None, None]
+        span = {1: 128, 2: 64, 3: 32}[int(mode[0])]
+        i, k = np.broadcast_to(rows, (len(d), rows.shape[1]))[..., None], np.arange(self.k)[None, None]
         per = span // self.element
         if trans:
             at = start + k // 8 * stride + k % 8 * span + i // per * leading + i % per * self.element
@@ -244,24 +262,16 @@ class WarpgroupProduct:
             at = start + i // 8 * stride + i % 8 * span + k * self.element
         at ^= at >> 3 & (span - 16)
         if (at + self.element > s.batch.shared_bytes).any():
-            raise Fault(
-                "out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes"
-            )
-        at = at + s.shared_base[::32][:, None, None]
+            raise Fault("out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes")
+        at = at + s.shared_base[lanes[:, 0]][:, None, None]
         if s.batch.shadow is not None:
-            self.record(s, at, held)
+            self.record(s, lanes[:, 0], at.reshape(len(d), -1), held)
         return decode(s.batch.shared.view(U[8 * self.element])[at // self.element], type).astype(np.float64)
 
-    def record(self, s, at: np.ndarray, held: list) -> None:
+    def record(self, s, lane: np.ndarray, at: np.ndarray, held: dict) -> None:
         shadow = s.batch.shadow
-        warp = np.broadcast_to(s.warp[::32][:, None, None], at.shape)
-        size = max(self.element, shadow.granule)
-        shadow.read(warp.reshape(-1), at.reshape(-1), size, proxy=True)
-        places = np.unique(shadow.granules(at.reshape(-1), size))
-        shadow.held[places] += 1
-        held.append(places)
-
-
-def s_first(x: np.ndarray, s, step: int) -> np.ndarray:
-    """The value of the first lane of every warp."""
-    return np.broadcast_to(x, s.n)[::step]
+        shadow.read(np.repeat(s.warp[lane], at.shape[1]), at.reshape(-1), self.element, proxy=True)
+        for i, first in enumerate(lane):
+            places = shadow.granules(at[i], self.element).reshape(-1)
+            shadow.held[places] += 1
+            held.setdefault(int(first) // 32, []).append(places)
