@@ -30,16 +30,15 @@ def unavailable() -> str | None:
     """Why this backend cannot run on this machine."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    try:
-        _device()
-    except RuntimeError as error:
-        return f"triton finds no GPU ({error})"
-    return None
+    from triton.runtime import driver
+
+    # `_active` is what a launch uses; asking for `active` looks for devices anew each time that there is none
+    return None if _interpreted() or driver._active is not None else _why_no_gpu()
 
 
 def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None:
     """Why this backend cannot run this call."""
-    device = _device()
+    device = _device(x.device)
     if x.dtype not in _DTYPES:
         return f"x must be float16, bfloat16 or float32, got {x.dtype}"
     if x.dtype == torch.bfloat16 and device.capability < 80:
@@ -123,15 +122,36 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-def _device() -> _Device:
+def _interpreted() -> bool:
     from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+@cache
+def _why_no_gpu() -> str | None:
     from triton.runtime import driver
 
-    if knobs.runtime.interpret:
+    try:
+        driver.active.get_current_target()
+    except RuntimeError as error:
+        return f"triton finds no GPU: {error}"
+    return None
+
+
+def _device(device: torch.device) -> _Device:
+    from triton.runtime import driver
+
+    if _interpreted():
         return _Device(None, "interpreter", 80, 1 << 30, 1)
     active: Any = driver.active
-    target = active.get_current_target()
-    properties = active.utils.get_device_properties(active.get_current_device())
+    with _on(device):
+        return _properties(active, active.get_current_device())
+
+
+@cache
+def _properties(active: Any, index: int) -> _Device:
+    target, properties = active.get_current_target(), active.utils.get_device_properties(index)
     return _Device(
         active.get_active_torch_device().type,
         target.backend,
@@ -167,7 +187,7 @@ class _Call:
         self.T, self.D = rows.shape
         self.N, self.K = plan.experts.shape
         self.E, _, self.R = lora_a.shape
-        self.plan, self.dtype, self.device = plan, rows.dtype, _device()
+        self.plan, self.dtype, self.device = plan, rows.dtype, _device(rows.device)
         self.packed = plan.offsets is not None
         self.L = self.T // max(self.N, 1)
         self.rank = max(16, _power_of_2(self.R))
@@ -264,7 +284,8 @@ class _Call:
             x.stride(0), stride_e, stride_r, stride_d,
             C=self.columns, INSTANCE=self.instance, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(transposed, D), BLOCK_T=block_t, BLOCK_D=block_d,
-            num_warps=4 if self.device.capability < 90 and self.device.backend == "cuda" else 8, num_stages=self._stages(3),
+            num_warps=4 if self.device.backend == "cuda" and self.device.capability < 90 else 8,
+            num_stages=self._stages(3),
         )  # fmt: skip
         return grad if splits == 1 else self._summed(out, grad)
 
