@@ -39,7 +39,7 @@ def log(monkeypatch, tmp_path):
         run()
         return TIMES[log[-1].split()[0]]
 
-    monkeypatch.setattr(measure, "_milliseconds", milliseconds)
+    monkeypatch.setattr(measure, "milliseconds", milliseconds)
     return log
 
 

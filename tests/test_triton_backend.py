@@ -254,7 +254,7 @@ def test_unavailable_without_gpu(monkeypatch):
         (16, 110, 4, "masked"),
         (8, 1, 4, "masked"),
         (512, 1, 64, "masked"),
-        (1, 5000, 4, "masked"),
+        (1, 5000, 4, "instance"),
     ],
     ids=str,
 )

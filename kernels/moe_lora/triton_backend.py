@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +115,17 @@ class _Tile:
     num_stages: int
 
 
+class _Grid(NamedTuple):
+    """Programs of a shrink (tiles of rows) or of an expert gradient (blocks of columns), and their block sizes."""
+
+    programs: int
+    groups: int
+    splits: int
+    C: int
+    BLOCK_T: int
+    BLOCK_D: int
+
+
 @cache
 def _kernels() -> ModuleType:
     from moe_lora import triton_kernels
@@ -183,15 +194,16 @@ def _power_of_2(n: int) -> int:
 class _Call:
     """One call's sizes and routing, and the launches of its kernels."""
 
-    def __init__(self, rows: Tensor, lora_a: Tensor, plan: Plan):
+    def __init__(self, rows: Tensor, lora_a: Tensor, plan: Plan, device: _Device | None = None):
         self.T, self.D = rows.shape
         self.N, self.K = plan.experts.shape
         self.E, _, self.R = lora_a.shape
-        self.plan, self.dtype, self.device = plan, rows.dtype, _device(rows.device)
+        self.plan, self.dtype, self.device = plan, rows.dtype, device or _device(rows.device)
         self.packed = plan.offsets is not None
         self.L = self.T // max(self.N, 1)
         self.rank = max(16, _power_of_2(self.R))
         self.columns = max(self.rank, min(_COLUMNS, _power_of_2(self.E) * self.rank))
+        self.step = max(self.rank, 32)  # of the expand: more at a time would spill beside the accumulators
         self.scale = plan.scale * keep_scale(plan.dropout)
         self.experts, self.gates = plan.experts.contiguous(), plan.gates.contiguous()
         self.offsets = plan.offsets.contiguous() if plan.offsets is not None else self.experts
@@ -201,8 +213,8 @@ class _Call:
     def _form(self, D: int) -> tuple[str, str]:
         """Whether whole tiles for each instance, or all experts for each tile, wastes less tensor-core work."""
         block = self._block_t()
-        tiles = self.T // block + self.N / 2 if self.packed else self.N * _cdiv(self.L, block)
-        padding = tiles * block / max(self.T, 1) - 1
+        tiles = self.T / block + self.N / 2 if self.packed else self.N * _cdiv(self.L, block)
+        padding = max(tiles / max(_cdiv(self.T, block), 1) - 1, 0.0)
         unused = (self.E - self.K) * self.rank / D
         share = f"rows {padding:.1%} more, all experts {unused:.1%} more work"
         return ("instance" if padding <= unused else "masked"), f"tiles of one instance cost {share}"
@@ -217,7 +229,7 @@ class _Call:
             return self._staged(_Tile(block_t, 32, 128 if half else 64, 4, 5))
         if not half:
             return self._staged(_Tile(min(block_t, 64), 64, 32, 4, 3))
-        if self.device.capability < 90:
+        if not self._hopper():
             return self._staged(_Tile(block_t, 128, 64, 8, 3))
         wide = block_t == 128 and 128 * 256 * self.device.processors <= self.T * F and self.device.shared > 1 << 17
         return self._staged(_Tile(block_t, 256 if wide else 128, 64, 8, 4))
@@ -234,20 +246,25 @@ class _Call:
         if not h.numel():
             return h
         D = x.shape[1]
-        block_t, block_d = min(64, self._block_t()), 64 if self.dtype != torch.float32 else 32
-        columns = min(self.columns, _power_of_2(self.K) * self.rank) if self.instance else self.columns
-        tiles, groups = self.tiles(block_t), _cdiv((self.K if self.instance else self.E) * self.rank, columns)
-        splits = max(1, min(self.device.processors // (tiles * groups), D // (4 * block_d)))
-        out = h if splits == 1 else x.new_empty(splits, *h.shape, dtype=torch.float32)
-        _kernels().shrink_kernel[(tiles, groups, splits)](
+        grid = self.shrink_grid(D)
+        out = h if grid.splits == 1 else x.new_empty(grid.splits, *h.shape, dtype=torch.float32)
+        _kernels().shrink_kernel[grid[:3]](
             x, lora, out, self.experts, self.offsets, *self._seed(dropout),
-            self.T, self.N, self.L, self.N.bit_length(), D, self.E, splits,
+            self.T, self.N, self.L, self.N.bit_length(), D, self.E, grid.splits,
             x.stride(0), lora.stride(0), lora.stride(2), lora.stride(1),
-            C=columns, INSTANCE=self.instance, EVEN_D=D % block_d == 0, PRECISION=self._precision(),
-            **self._sizes(), **self._dropout(dropout, D), BLOCK_T=block_t, BLOCK_D=block_d,
+            C=grid.C, INSTANCE=self.instance, EVEN_D=D % grid.BLOCK_D == 0, PRECISION=self._precision(),
+            **self._sizes(), **self._dropout(dropout, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
             num_warps=4, num_stages=self._stages(3),
         )  # fmt: skip
-        return h if splits == 1 else self._summed(out, h)
+        return h if grid.splits == 1 else self._summed(out, h)
+
+    def shrink_grid(self, D: int) -> _Grid:
+        block_t, block_d = min(64, self._block_t()), self._half_or(128 if self._hopper() else 64, 32)
+        slots = self.K if self.instance else self.E
+        columns = min(self.columns, _power_of_2(slots) * self.rank)
+        tiles, groups = self.tiles(block_t), _cdiv(slots * self.rank, columns)
+        splits = max(1, min(self.device.processors // (tiles * groups), D // (4 * block_d)))
+        return _Grid(tiles, groups, splits, columns, block_t, block_d)
 
     def expand(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, lora: Tensor, h: Tensor, y: Tensor, dropout: bool
@@ -257,14 +274,13 @@ class _Call:
         if not y.numel():
             return
         tile = self.expand_tile(F, D)
-        columns = max(self.rank, 32)
-        tiles, groups = self.tiles(tile.BLOCK_T), _cdiv((self.K if self.instance else self.E) * self.rank, columns)
+        tiles, groups = self.tiles(tile.BLOCK_T), _cdiv((self.K if self.instance else self.E) * self.rank, self.step)
         _kernels().expand_kernel[(tiles * _cdiv(F, tile.BLOCK_F),)](
             x, weight, bias if bias is not None else x, lora, h, y, self.experts, self.gates, self.offsets,
             *self._seed(dropout), self.scale,
             self.T, self.N, self.L, self.N.bit_length(), D, F, self.E, tiles, groups,
             x.stride(0), weight.stride(0), weight.stride(1), lora.stride(0), lora.stride(1), lora.stride(2),
-            C=columns, INSTANCE=self.instance, BIAS=bias is not None, EVEN_D=D % tile.BLOCK_D == 0,
+            C=self.step, INSTANCE=self.instance, BIAS=bias is not None, EVEN_D=D % tile.BLOCK_D == 0,
             PRECISION=self._precision(), **self._sizes(), **self._dropout(dropout, F), BAND=8, **vars(tile),
         )  # fmt: skip
 
@@ -272,22 +288,26 @@ class _Call:
         """dB like lora [E, R, D] of h and dy; transposed, dA like lora [E, D, R] of ds and x."""
         D = x.shape[1]
         grad = torch.empty(lora.shape, dtype=lora.dtype, device=lora.device)
-        block_t, block_d = (32, 64) if self.dtype != torch.float32 else (32, 32)
-        blocks, groups = _cdiv(D, block_d), _cdiv(self.E * self.rank, self.columns)
-        longest = self.L if self.form == "instance" and not self.packed else self.T
-        splits = max(1, min(2 * self.device.processors // (blocks * groups), longest // (4 * block_t)))
-        out = grad if splits == 1 else x.new_empty(splits, *grad.shape, dtype=torch.float32)
+        grid = self.grad_grid(D)
+        out = grad if grid.splits == 1 else x.new_empty(grid.splits, *grad.shape, dtype=torch.float32)
         stride_e, stride_r, stride_d = grad.stride(0), *grad.stride()[1:][:: -1 if transposed else 1]
-        _kernels().expert_grad_kernel[(blocks, groups, splits)](
+        _kernels().expert_grad_kernel[grid[:3]](
             h, x, out, self.experts, self.gates, self.offsets, *self._seed(transposed), self.scale,
-            self.T, self.N, self.L, self.N.bit_length(), D, self.E, splits,
+            self.T, self.N, self.L, self.N.bit_length(), D, self.E, grid.splits,
             x.stride(0), stride_e, stride_r, stride_d,
-            C=self.columns, INSTANCE=self.instance, PRECISION=self._precision(),
-            **self._sizes(), **self._dropout(transposed, D), BLOCK_T=block_t, BLOCK_D=block_d,
-            num_warps=4 if self.device.backend == "cuda" and self.device.capability < 90 else 8,
-            num_stages=self._stages(3),
+            C=grid.C, INSTANCE=self.instance, PRECISION=self._precision(),
+            **self._sizes(), **self._dropout(transposed, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
+            num_warps=8 if self._hopper() or self.device.backend == "hip" else 4,
+            num_stages=self._stages(4 if self._hopper() else 3),
         )  # fmt: skip
-        return grad if splits == 1 else self._summed(out, grad)
+        return grad if grid.splits == 1 else self._summed(out, grad)
+
+    def grad_grid(self, D: int) -> _Grid:
+        block_t, block_d = self._half_or(64 if self._hopper() else 32, 32), self._half_or(64, 32)
+        blocks, groups = _cdiv(D, block_d), _cdiv(self.E * self.rank, self.columns)
+        longest = self.L if self.instance and not self.packed else self.T
+        splits = max(1, min(self.device.processors // (blocks * groups), longest // (4 * block_t)))
+        return _Grid(blocks, groups, splits, self.columns, block_t, block_d)
 
     def gate_grad(self, ds: Tensor, h: Tensor) -> Tensor:
         dgates = torch.empty(self.gates.shape, dtype=self.gates.dtype, device=self.gates.device)
@@ -308,6 +328,13 @@ class _Call:
         block = 1024
         _kernels().sum_kernel[(_cdiv(out.numel(), block),)](parts, out, out.numel(), parts.shape[0], BLOCK=block)
         return out
+
+    def _hopper(self) -> bool:
+        """Shared memory and registers for the bytes in flight that this bandwidth needs."""
+        return self.device.backend == "cuda" and self.device.capability >= 90
+
+    def _half_or(self, half: int, single: int) -> int:
+        return single if self.dtype == torch.float32 else half
 
     def _sizes(self) -> dict[str, int | bool]:
         return {"K": self.K, "R": self.R, "RANK": self.rank, "PACKED": self.packed}
