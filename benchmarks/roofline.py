@@ -1,7 +1,8 @@
 """What the Triton kernels cost, and the times that predicts on GPUs: operations and bytes against data-sheet figures.
 
 Nothing is measured here. Each launch takes the longer of its tensor-core operations and its bytes of device memory,
-every tensor moved once, at stated shares of the data sheet's peaks; launches add nothing, unless --launch gives them a cost.
+every tensor moved once, at stated shares of the data sheet's peaks. A launch adds nothing, unless --launch says so.
+Tiles with rows of many instances are taken to use all experts.
 Operations and the bytes that programs ask for (`requested`, which caches answer in part) are those which the PTX
 emulator counts when it runs the compiled kernels: `tests/test_roofline.py` holds both to within 2 %.
 

@@ -188,6 +188,7 @@ def write() -> None:
         for target in TARGETS:
             for case in CASES:
                 writer.writerows(rows(target, case))
+                file.flush()
 
 
 if __name__ == "__main__":

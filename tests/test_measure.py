@@ -7,6 +7,7 @@ import moe_lora
 import pytest
 import torch
 from moe_lora import dispatch, measure, reference
+from moe_lora.__main__ import print_speed
 
 TIMES = {"slow": 3.0, "quick": 1.0, "reference": 2.0}
 
@@ -36,8 +37,9 @@ def log(monkeypatch, tmp_path):
     monkeypatch.delenv("MOE_LORA_BACKEND", raising=False)
 
     def milliseconds(run, device):
+        before = len(log)
         run()
-        return TIMES[log[-1].split()[0]]
+        return TIMES[log[-1].split()[0]] if len(log) > before else 0.5
 
     monkeypatch.setattr(measure, "milliseconds", milliseconds)
     return log
@@ -125,3 +127,10 @@ def test_explain_tells_the_times(log):
 def test_named_backend_is_not_timed(log):
     moe_lora.linear(*arguments(), backend="slow")
     assert log == ["slow"]
+
+
+def test_self_check_prints_times(log, capsys):
+    print_speed(torch.device("cpu"), torch.float32, ((2, 3, 8, 8),), rounds=2)
+    header, line = capsys.readouterr().out.strip().splitlines()
+    assert header.split()[-4:] == ["slow", "quick", "reference", "auto"]
+    assert line.startswith("2x3, 8 -> 8") and line.count("x)") == 4

@@ -12,10 +12,10 @@ from ptx.driver import Emulator, Launcher
 from benchmarks.roofline import GPUS, SHAPES, Shape, launches, predict
 
 CASES = (
-    Shape(2, 192, 192, 256, E=4, R=16),  # whole tiles for each instance
+    Shape(2, 256, 192, 128, E=4, R=16),  # whole tiles for each instance
     Shape(
         2, 200, 192, 128, E=3, R=16, dtype=torch.float16, master=torch.float16
-    ),  # shared tiles, rows that do not fill
+    ),  # tiles with rows of many instances, of all experts
     Shape(12, 1, 512, 64, E=4, R=16),  # decode: the shrink is split
 )
 

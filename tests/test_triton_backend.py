@@ -266,3 +266,35 @@ def test_rule_takes_the_form_with_less_work(N, L, E, form):
     with Emulator(90):
         found = moe_lora.explain(x, weight, lora_a, routing)
     assert (found.backend, found.kernel) == ("triton", form)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [*CASES, Case((700, 1, 579), 256, 4224, 4, 2, 32, dropout=0.1, packed=True)], ids=str)
+def test_device_matches_oracle(case, dtype, form):
+    inputs = make(case, dtype, device="cuda")
+    assert_right(case, inputs, "triton")
+    for first, second in zip(outputs(case, inputs), outputs(case, inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@gpu
+def test_device_replays_a_graph_with_another_seed():
+    case = Case((40, 40), 72, 136, 4, 1, 16, dropout=0.2)
+    inputs = make(case, torch.float16, device="cuda")
+    seed = inputs.seed.cuda()
+    captured = inputs._replace(seed=seed)
+    outputs(case, captured)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = outputs(case, captured)
+    seed.fill_(7)
+    graph.replay()
+    for got, want in zip(found, outputs(case, inputs._replace(seed=torch.tensor(7))), strict=True):
+        assert torch.equal(got, want)

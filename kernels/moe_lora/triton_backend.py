@@ -23,7 +23,6 @@ from moe_lora.routing import Plan
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_RANK = 256
-_COLUMNS = 128  # of rank space that a program works on at a time
 
 
 def unavailable() -> str | None:
@@ -202,7 +201,8 @@ class _Call:
         self.packed = plan.offsets is not None
         self.L = self.T // max(self.N, 1)
         self.rank = max(16, _power_of_2(self.R))
-        self.columns = max(self.rank, min(_COLUMNS, _power_of_2(self.E) * self.rank))
+        # columns of rank space that a program works on at a time
+        self.columns = max(self.rank, min(self._half_or(128, 64), _power_of_2(self.E) * self.rank))
         self.step = max(self.rank, 32)  # of the expand: more at a time would spill beside the accumulators
         self.scale = plan.scale * keep_scale(plan.dropout)
         self.experts, self.gates = plan.experts.contiguous(), plan.gates.contiguous()
@@ -228,7 +228,7 @@ class _Call:
         if block_t <= 32:
             return self._staged(_Tile(block_t, 32, 128 if half else 64, 4, 5))
         if not half:
-            return self._staged(_Tile(min(block_t, 64), 64, 32, 4, 3))
+            return self._staged(_Tile(min(block_t, 64), 64, 16, 4, 2))
         if not self._hopper():
             return self._staged(_Tile(block_t, 128, 64, 8, 3))
         wide = block_t == 128 and 128 * 256 * self.device.processors <= self.T * F and self.device.shared > 1 << 17
@@ -254,14 +254,15 @@ class _Call:
             x.stride(0), lora.stride(0), lora.stride(2), lora.stride(1),
             C=grid.C, INSTANCE=self.instance, EVEN_D=D % grid.BLOCK_D == 0, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=4, num_stages=self._stages(3),
+            num_warps=8 if grid.C > 64 and grid.BLOCK_T == 64 else 4, num_stages=self._stages(self._half_or(3, 2)),
         )  # fmt: skip
         return h if grid.splits == 1 else self._summed(out, h)
 
     def shrink_grid(self, D: int) -> _Grid:
-        block_t, block_d = min(64, self._block_t()), self._half_or(128 if self._hopper() else 64, 32)
         slots = self.K if self.instance else self.E
         columns = min(self.columns, _power_of_2(slots) * self.rank)
+        wide = self._hopper() and columns <= 64
+        block_t, block_d = min(self._half_or(64, 32), self._block_t()), self._half_or(128 if wide else 64, 16)
         tiles, groups = self.tiles(block_t), _cdiv(slots * self.rank, columns)
         splits = max(1, min(self.device.processors // (tiles * groups), D // (4 * block_d)))
         return _Grid(tiles, groups, splits, columns, block_t, block_d)
@@ -297,8 +298,8 @@ class _Call:
             x.stride(0), stride_e, stride_r, stride_d,
             C=grid.C, INSTANCE=self.instance, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(transposed, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=8 if self._hopper() or self.device.backend == "hip" else 4,
-            num_stages=self._stages(4 if self._hopper() else 3),
+            num_warps=4 if self.dtype != torch.float32 and not self._hopper() and self.device.backend == "cuda" else 8,
+            num_stages=self._stages(4 if self._hopper() else 3), **self._registers(),
         )  # fmt: skip
         return grad if grid.splits == 1 else self._summed(out, grad)
 
@@ -311,10 +312,12 @@ class _Call:
 
     def gate_grad(self, ds: Tensor, h: Tensor) -> Tensor:
         dgates = torch.empty(self.gates.shape, dtype=self.gates.dtype, device=self.gates.device)
+        # no tile smaller than its threads: they would load the same bytes twice
+        block_t = max(_cdiv(128, self.rank), min(_power_of_2(self.L), 8192 // self.rank))
         if self.N:
             _kernels().gate_grad_kernel[(self.N, self.K)](
                 ds, h, dgates, self.offsets, self.scale, self.L,
-                **self._sizes(), BLOCK_T=max(1, min(_power_of_2(self.L), 8192 // self.rank)), num_warps=4,
+                **self._sizes(), BLOCK_T=block_t, num_warps=4,
             )  # fmt: skip
         return dgates
 
@@ -332,6 +335,10 @@ class _Call:
     def _hopper(self) -> bool:
         """Shared memory and registers for the bytes in flight that this bandwidth needs."""
         return self.device.backend == "cuda" and self.device.capability >= 90
+
+    def _registers(self) -> dict[str, int]:
+        """For Blackwell, where ptxas would keep to 64 and spill."""
+        return {"maxnreg": 160} if self._hopper() and self.device.capability >= 100 else {}
 
     def _half_or(self, half: int, single: int) -> int:
         return single if self.dtype == torch.float32 else half
