@@ -338,7 +338,8 @@ class _Call:
 
     def _registers(self) -> dict[str, int]:
         """For Blackwell, where ptxas would keep to 64 and spill."""
-        return {"maxnreg": 160} if self._hopper() and self.device.capability >= 100 else {}
+        blackwell = self._hopper() and self.device.capability >= 100
+        return {"maxnreg": 160} if blackwell and self.dtype != torch.float32 else {}
 
     def _half_or(self, half: int, single: int) -> int:
         return single if self.dtype == torch.float32 else half
