@@ -189,7 +189,7 @@ def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--launch", type=float, default=0.0, help="microseconds that each launch adds")
     parser.add_argument("--csv")
     parser.add_argument("--plot")

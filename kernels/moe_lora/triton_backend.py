@@ -228,7 +228,7 @@ class _Call:
         if block_t <= 32:
             return self._staged(_Tile(block_t, 32, 128 if half else 64, 4, 5))
         if not half:
-            return self._staged(_Tile(min(block_t, 64), 64, 16, 4, 2))
+            return self._staged(_Tile(min(block_t, 64), 64, 16, 4 if self.device.backend == "cuda" else 8, 2))
         if not self._hopper():
             return self._staged(_Tile(block_t, 128, 64, 8, 3))
         wide = block_t == 128 and 128 * 256 * self.device.processors <= self.T * F and self.device.shared > 1 << 17
