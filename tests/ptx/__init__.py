@@ -1,4 +1,4 @@
-"""Runs compiled GPU kernels on the CPU: an emulator of PTX with bounds checks, race detection and a profiler's counters.
+"""Compiled GPU kernels on the CPU: an emulator of PTX with bounds checks, race detection and a profiler's counters.
 
 `launch` runs Triton kernels (it needs triton and torch), `launch_ptx` the PTX of any compiler (it needs numpy alone).
 """

@@ -1,7 +1,7 @@
 """The table of instructions that compute in registers: name, types of the operands, meaning.
 
-`@instruction("name", ...)` registers a function that turns a parsed instruction into a closure `execute(s, m)`: `s` are the
-running lanes, `m` the mask of those that take part (None: all). A new instruction is usually one call of `alu`.
+`@instruction("name", ...)` registers a function that turns a parsed instruction into a closure `execute(s, m)`: `s` are
+the running lanes, `m` the mask of those that take part (None: all). A new instruction is usually one call of `alu`.
 """
 
 from collections.abc import Callable

@@ -66,6 +66,7 @@ class Profile:
         grid: blocks in x, y, z.
         threads: of one block.
         shared_bytes: of one block, fixed and dynamic.
+        tensors: names of the arguments that point to global memory.
         issued: instruction: warps that executed it.
         flops: operations by type, multiplications and additions counted apart: "bf16 mma", "f32".
         barriers: warps that arrived at a barrier.
@@ -75,6 +76,7 @@ class Profile:
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
+    tensors: frozenset[str]
     code: list[Instruction] = field(repr=False)
     issued: np.ndarray = field(init=False, repr=False)
     flops: Counter = field(default_factory=Counter)
@@ -100,11 +102,10 @@ class Profile:
         return self.sum_traffic("atomic", tensor)
 
     def sum_traffic(self, kind: str, tensor: str | None) -> Traffic:
-        known = {name for _, _, name in self.traffic}
-        return sum(
-            (t for (_, k, name), t in self.traffic.items() if k == kind and tensor in (None, name, *name.split("/"))),
-            Traffic(),
-        )
+        if tensor is not None and tensor not in self.tensors:
+            raise ValueError(f"tensor must be one of {sorted(self.tensors)}, got {tensor}")
+        kept = (t for (_, k, name), t in self.traffic.items() if k == kind and tensor in (None, *name.split("/")))
+        return sum(kept, Traffic())
 
     def shared(self, kind: str | None = None) -> SharedTraffic:
         """Shared memory, "read", "write" or "atomic", or all."""
@@ -146,7 +147,7 @@ class Profile:
         total.bytes += asked
 
     def count_shared(self, ins, addr: np.ndarray, size: int, m, kind: str) -> None:
-        """Four bytes: 32 lanes in one pass; eight: two half warps; sixteen: four quarters; lanes of one word share it."""
+        """Four bytes: 32 lanes in a pass; eight: two half warps; sixteen: four quarters; lanes of one word share it."""
         first = addr[0] if m is None else addr[m][0]
         key = ("shared", size, (addr - (first & ~127)).tobytes(), None if m is None else m.tobytes())
         if key not in self.patterns:
@@ -175,9 +176,10 @@ class Profile:
         total.ideal += ideal
 
     def __str__(self) -> str:
+        each = f"{self.instructions / self.warps:.0f} a warp"
         lines = [
-            f"{self.kernel}  grid {self.grid}, {self.threads} threads, {self.shared_bytes} bytes of shared memory a block",
-            f"  {self.instructions} warp instructions ({self.instructions / self.warps:.0f} a warp), {self.barriers} barrier arrivals",
+            f"{self.kernel}  grid {self.grid}, blocks of {self.threads} threads and {self.shared_bytes} shared bytes",
+            f"  {self.instructions} warp instructions ({each}), {self.barriers} barrier arrivals",
             "  operations: " + (", ".join(f"{n} {name}" for name, n in sorted(self.flops.items())) or "none"),
         ]
         rows = defaultdict(Traffic)
@@ -188,9 +190,8 @@ class Profile:
                 f"  {'global':16} {'':6} {'requests':>9} {'sectors':>9} {'sec/req':>8} {'bytes':>10} {'efficiency':>10}"
             )
         for (name, kind), t in sorted(rows.items()):
-            lines.append(
-                f"  {name:16} {kind:6} {t.requests:9} {t.sectors:9} {t.sectors_per_request:8.2f} {t.bytes:10} {t.efficiency:10.1%}"
-            )
+            counts = f"{t.requests:9} {t.sectors:9} {t.sectors_per_request:8.2f} {t.bytes:10} {t.efficiency:10.1%}"
+            lines.append(f"  {name:16} {kind:6} {counts}")
         if self.wavefronts:
             lines.append(f"  {'shared':16} {'':6} {'requests':>9} {'passes':>9} {'conflicts':>9}")
         for kind in ("read", "write", "atomic"):

@@ -5,7 +5,6 @@ profile = launch(kernel, grid, x, y, n, target=90, num_warps=4, BLOCK=128)
 """
 
 import ctypes
-import types
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,7 +14,7 @@ from triton.runtime import driver as triton_driver
 from triton.runtime.cache import get_cache_manager
 
 from ptx.counters import Profile
-from ptx.machine import Launch
+from ptx.machine import Settings, run
 from ptx.memory import Buffer
 from ptx.module import program_of
 
@@ -35,15 +34,6 @@ def buffer(name: str, x: torch.Tensor, uninitialised: bool = False) -> Buffer:
     return Buffer(name, np.frombuffer(raw, np.uint8), first, (first, last), uninitialised)
 
 
-class Options(types.SimpleNamespace):
-    """How launches run, and what the last one did."""
-
-    races: bool = True
-    seed: int | None = None
-    uninitialised: tuple[torch.Tensor, ...] = ()
-    profile: Profile | None = None
-
-
 class Launcher:
     """What Triton calls for each launch."""
 
@@ -51,25 +41,23 @@ class Launcher:
         self.src, self.metadata = src, metadata
         path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
         with open(path, encoding="utf-8") as file:
-            self.program, self.steps = program_of(file.read(), metadata.name)
+            self.text = file.read()
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
-        options, values = triton_driver.active.options, []
+        emulator, values = triton_driver.active.emulator, []
+        program, steps = program_of(emulator.rewrite(self.text) if emulator.rewrite else self.text, self.metadata.name)
         for (name, type), arg in zip(self.src.signature.items(), args, strict=True):
             if type == "constexpr":
                 continue
             if isinstance(arg, torch.Tensor):
-                values.append(buffer(name, arg, any(arg is t for t in options.uninitialised)))
+                values.append(buffer(name, arg, any(arg is t for t in emulator.uninitialised)))
             elif isinstance(arg, bool | int | float):
                 values.append(float(arg) if type in ("fp32", "fp64", "fp16", "bf16") else int(arg))
             else:
                 raise TypeError(f"argument {name} of {self.metadata.name} is a {arg.__class__.__name__}: not supported")
-        grid = (x, y, z)
-        if 0 in grid:
-            return
-        threads = self.program.threads
-        run = Launch(self.program, grid, (threads,), values, self.metadata.shared, options.races, options.seed)
-        options.profile = run.run(self.steps)
+        if x * y * z:
+            launch = ((x, y, z), (program.threads,), values, self.metadata.shared)
+            emulator.profiles.append(run(program, steps, emulator.settings, *launch))
 
 
 class Utils:
@@ -79,8 +67,8 @@ class Utils:
         self.shared = {80: 166912, 89: 101376, 120: 101376}.get(target, 232448)
 
     def get_device_properties(self, device: int) -> dict:
-        limits = dict(max_shared_mem=self.shared, multiprocessor_count=2, warpSize=32, max_num_regs=65536)
-        return limits | dict(sm_clock_rate=1, mem_clock_rate=1, mem_bus_width=1)
+        limits = {"max_shared_mem": self.shared, "multiprocessor_count": 2, "warpSize": 32, "max_num_regs": 65536}
+        return limits | {"sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int):
         return object(), object(), 0, 0, 1024
@@ -92,8 +80,8 @@ class Utils:
 class Driver:
     """Triton's view of the emulated device; its number is the target, so that compiled kernels are kept apart."""
 
-    def __init__(self, target: int, options: Options):
-        self.target, self.options = target, options
+    def __init__(self, target: int, emulator: "Emulator"):
+        self.target, self.emulator = target, emulator
         self.utils, self.launcher_cls = Utils(target), Launcher
 
     def get_current_target(self) -> GPUTarget:
@@ -123,22 +111,24 @@ class Emulator:
 
     Args:
         target: compute capability: 80, 90 or 100.
-        races: look for races and uninitialised memory.
-        seed: None runs all warps in step; a number runs warps alone, in an order drawn from it.
         uninitialised: tensors that must not be read before they are written.
+        rewrite: changes the PTX text before it runs, to plant faults.
+        settings: `races`, `seed` and `schedules`, see `Settings`.
+
+    Attributes:
+        profiles: the counters of every launch.
     """
 
-    def __init__(
-        self, target: int = 80, races: bool = True, seed: int | None = None, uninitialised: Iterable[torch.Tensor] = ()
-    ):
-        self.options = Options(races=races, seed=seed, uninitialised=tuple(uninitialised), profile=None)
-        self.driver = Driver(target, self.options)
+    def __init__(self, target: int = 80, uninitialised: Iterable[torch.Tensor] = (), rewrite=None, **settings):
+        self.uninitialised, self.rewrite, self.settings = tuple(uninitialised), rewrite, Settings(**settings)
+        self.driver, self.profiles = Driver(target, self), list[Profile]()
 
     @property
     def profile(self) -> Profile:
-        """Of the last launch."""
-        assert self.options.profile is not None, "nothing was launched"
-        return self.options.profile
+        """The counters of the last launch."""
+        if not self.profiles:
+            raise ValueError("nothing was launched, or only empty grids")
+        return self.profiles[-1]
 
     def __enter__(self) -> "Emulator":
         self.before = triton_driver._active
@@ -149,24 +139,15 @@ class Emulator:
         triton_driver._active = self.before
 
 
-def launch(
-    kernel,
-    grid,
-    *args,
-    target: int = 80,
-    num_warps: int = 4,
-    num_stages: int = 2,
-    races: bool = True,
-    seed=None,
-    uninitialised=(),
-    **constexprs,
-) -> Profile:
+def launch(kernel, grid, *args, target: int = 80, emulator: dict | None = None, **options) -> Profile:
     """Compile a Triton kernel for a GPU and run it on CPU tensors.
 
     Args:
         grid: blocks in x, y, z, or a function of the arguments, as in `kernel[grid]`.
-        args, constexprs: of the kernel.
-        target, races, seed, uninitialised: as in `Emulator`.
+        args: of the kernel.
+        target: compute capability.
+        emulator: further arguments of `Emulator`: `dict(seed=1)`.
+        options: the kernel's constants, and `num_warps` and `num_stages` of its compilation.
 
     Returns:
         the counters of the launch.
@@ -175,6 +156,6 @@ def launch(
         Fault: the kernel made a mistake.
         Unknown: the kernel uses an instruction that the emulator does not know.
     """
-    with Emulator(target, races, seed, uninitialised) as emulator:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
-    return emulator.profile
+    with Emulator(target, **(emulator or {})) as running:
+        kernel[grid](*args, **options)
+    return running.profile

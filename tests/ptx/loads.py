@@ -79,7 +79,7 @@ def store(ins: Instruction, program: Program):
     names = elements(ins, ins.operands[1])
     size = bits(ins.type) // 8
     reads = [reader(program, name, f"b{8 * size}") for name in names]
-    where, count, total = address(program, ins.operands[0]), len(names), size * len(names)
+    where, total = address(program, ins.operands[0]), size * len(names)
 
     def values(s, m):
         parts = [np.ascontiguousarray(chosen(np.broadcast_to(read(s), s.n), m)).view(np.uint8) for read in reads]

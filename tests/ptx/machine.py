@@ -1,11 +1,12 @@
 """Executes a program: lanes in step as arrays, warps that diverge and meet again, barriers, schedules.
 
-Lanes that stand at the same instruction execute it together; of several, the lowest instruction goes first, so that lanes that
-parted meet again. Instructions that need their whole warp wait for it. Without a seed all warps of many blocks go in step, which
-is fast; with one, each warp goes alone, in an order drawn from the seed.
+Lanes that stand at the same instruction execute it together; of several, the lowest instruction goes first, so that
+lanes that parted meet again. Instructions that need their whole warp wait for it. Without a seed all warps of many
+blocks go in step, which is fast; with one, each warp goes alone, in an order drawn from the seed.
 """
 
 import random
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ptx.counters import Profile
 from ptx.fault import Fault, Unknown
 from ptx.formats import U
 from ptx.memory import Buffer, GlobalMemory
-from ptx.operands import SPECIAL
+from ptx.operands import SPECIAL, reader
 from ptx.parse import Instruction, Program, bits
 from ptx.races import Clocks, GlobalShadow, SharedShadow
 
@@ -46,8 +47,6 @@ class Step:
         self.barrier = ins.name in ("bar", "barrier") and ins.mods[0] != "warp"
         self.whole = ins.name in WHOLE_WARP or "aligned" in ins.mods
         if ins.name in BY_MASK or (ins.name == "bar" and ins.mods[0] == "warp"):
-            from ptx.operands import reader
-
             self.mask, self.whole = reader(program, ins.operands[-1], "u32"), False
 
 
@@ -81,6 +80,44 @@ def granule(program: Program, space: str) -> int:
     return min(sizes)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a launch runs.
+
+    Args:
+        races: look for races and uninitialised shared memory.
+        seed: None for all warps in step; a number for warps alone, in an order drawn from it.
+        schedules: how many; each after the first has another seed, and all must give the same bytes.
+    """
+
+    races: bool = True
+    seed: int | None = None
+    schedules: int = 1
+
+
+def run(program: Program, steps: list[Step], settings: Settings, *launch) -> Profile:
+    """Run a kernel in one or more schedules and write the results to its buffers; `launch` as for `Launch`.
+
+    Raises:
+        Fault: the kernel made a mistake, or two schedules differ.
+    """
+    first = Launch(program, settings, *launch)
+    profile = first.run(steps)
+    for i in range(1, settings.schedules):
+        seed = i if settings.seed is None else settings.seed + i
+        other = Launch(program, replace(settings, seed=seed), *launch)
+        other.run(steps)
+        differ = np.flatnonzero(first.memory.bytes != other.memory.bytes)
+        if len(differ):
+            name = first.memory.name(int(differ[0]))
+            raise Fault(
+                "schedule",
+                f"{program.name}: {len(differ)} bytes differ between two orders of execution, first in {name}",
+            )
+    first.memory.copy_back()
+    return profile
+
+
 class Launch:
     """One run of a kernel over its grid.
 
@@ -89,32 +126,29 @@ class Launch:
         grid, block: sizes in x, y, z.
         args: of the kernel, in order: `Buffer` or a number.
         shared: bytes of dynamic shared memory.
-        races: look for races and uninitialised memory.
-        seed: None for all warps in step; a number for warps alone, in an order drawn from it.
     """
 
-    def __init__(
-        self, program: Program, grid, block, args, shared: int = 0, races: bool = True, seed: int | None = None
-    ):
-        self.program, self.races, self.seed = program, races, seed
+    def __init__(self, program: Program, settings: Settings, grid, block, args, shared: int = 0):
+        self.program, self.races, self.seed = program, settings.races, settings.seed
         self.grid, self.block_shape = (tuple((*grid, 1, 1)[:3]) for grid in (grid, block))
         self.threads = int(np.prod(self.block_shape))
         if program.threads is not None and self.threads != program.threads:
             raise ValueError(f"{program.name} is compiled for blocks of {program.threads} threads, got {self.threads}")
         self.shared_bytes = -(-(-(-program.shared // 16) * 16 + shared) // 16) * 16
-        self.profile = Profile(program.name, self.grid, self.threads, program.shared + shared, program.code)
         if len(args) > len(program.params):
             raise ValueError(f"{program.name} takes {len(program.params)} arguments, got {len(args)}")
         variables = {n: v for n, v in program.variables.items() if v.space in ("const", "global")}
         module = [Buffer(n, np.frombuffer(v.data.ljust(v.size, b"\0"), np.uint8)) for n, v in variables.items()]
         buffers = [a for a in args if isinstance(a, Buffer)]
         self.memory = GlobalMemory(buffers + module)
+        names = frozenset(b.name for b in buffers + module)
+        self.profile = Profile(program.name, self.grid, self.threads, program.shared + shared, names, program.code)
         self.addresses = {b.name: self.memory.address(b) for b in module}
         self.params = bytearray(sum(8 + size for _, size, _ in program.params.values()))
         for (offset, size, _), arg in zip(program.params.values(), args, strict=False):
             self.params[offset : offset + size] = self.encode(arg, size)
         blocks = int(np.prod(self.grid))
-        self.shadow = GlobalShadow(blocks, len(self.memory.bytes), granule(program, "global")) if races else None
+        self.shadow = GlobalShadow(blocks, len(self.memory.bytes), granule(program, "global")) if self.races else None
 
     def encode(self, arg, size: int) -> bytes:
         if isinstance(arg, Buffer):
@@ -137,7 +171,7 @@ class Launch:
         with np.errstate(all="ignore"):
             for i in range(0, len(order), at_once):
                 Batch(self, order[i : i + at_once], rng).run()
-        self.memory.copy_back()
+        self.profile.patterns.clear()
         return self.profile
 
 
@@ -177,7 +211,7 @@ class Batch:
     def arrive(
         self, s: "Warps", step: Step, lanes: np.ndarray, number: np.ndarray, count: np.ndarray, wait: bool
     ) -> None:
-        """Lanes (of the batch) come to a barrier; it opens when `count` threads (0: all that live) of the block are there."""
+        """Lanes (of the batch) come to a barrier; it opens when `count` threads (0: all that live) are there."""
         for block in np.unique(lanes // self.lanes_each):
             mine = lanes[lanes // self.lanes_each == block]
             key = (int(block), int(number[0]))

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from ptx.counters import Profile
-from ptx.machine import Launch, Step, prepare
+from ptx.machine import Settings, Step, prepare, run
 from ptx.memory import Buffer
 from ptx.parse import Program, parse
 
@@ -36,8 +36,7 @@ def launch_ptx(
     block: tuple[int, ...],
     *args,
     shared: int = 0,
-    races: bool = True,
-    seed: int | None = None,
+    **settings,
 ) -> Profile:
     """Run one kernel of a PTX module.
 
@@ -47,12 +46,14 @@ def launch_ptx(
         grid, block: sizes in x, y, z.
         args: arrays, `Buffer`s, numbers, or the bytes of a struct.
         shared: bytes of dynamic shared memory.
-        races, seed: as in `Launch`.
+        settings: `races`, `seed` and `schedules`, see `Settings`.
 
     Returns:
         the counters of the launch.
     """
     program, steps = program_of(text, entry)
     names = [name.removeprefix(f"{program.name}_") for name in program.params]
-    values = [array_buffer(n, a) if isinstance(a, np.ndarray) and a.ndim else a for n, a in zip(names, args, strict=False)]
-    return Launch(program, grid, block, values, shared, races, seed).run(steps)
+    values = [
+        array_buffer(n, a) if isinstance(a, np.ndarray) and a.ndim else a for n, a in zip(names, args, strict=False)
+    ]
+    return run(program, steps, Settings(**settings), grid, block, values, shared)

@@ -1,7 +1,7 @@
 """Operands of an instruction, resolved once: closures that read and write the registers of the running lanes.
 
-A register is an unsigned array with one entry per lane (bool for predicates). It is replaced, never changed in place, so
-arrays may be shared. Types of two numbers (`bf16x2`, `f32x2`) are read as [lanes, 2].
+A register is an unsigned array with one entry per lane (bool for predicates). It is replaced, never changed in place,
+so arrays may be shared. Types of two numbers (`bf16x2`, `f32x2`) are read as [lanes, 2].
 """
 
 import re

@@ -1,4 +1,4 @@
-"""PTX text to a `Program`: symbols, registers and a list of instructions, each with its line and its line in the source."""
+"""PTX text to a `Program`: symbols, registers and a list of instructions, each with its line here and in the source."""
 
 import re
 from dataclasses import dataclass, field
@@ -233,7 +233,7 @@ class Body:
         name, *mods = op.split(".")
         self.program.code.append(
             Instruction(
-                len(self.program.code), line, self.source, text, (self.rename(guard), negated == "!") if guard else None,
-                name, tuple(mods), split(rest),
+                len(self.program.code), line, self.source, text,
+                (self.rename(guard), negated == "!") if guard else None, name, tuple(mods), split(rest),
             )
         )  # fmt: skip

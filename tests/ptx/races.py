@@ -1,9 +1,9 @@
 """Who may see what: logical clocks, and a shadow of every shared and global word.
 
-Each warp has a clock, and for each other warp of its block the last clock value it has heard of (through a barrier or an mbarrier).
-An access is a race if an earlier access to the same word, one of the two a write, was made by another warp at a time this one
-has not heard of. That holds in every order of execution: no luck of the schedule is needed. Blocks are treated alike for global
-memory; they hear of each other through atomics of a single lane.
+Each warp has a clock, and for each other warp of its block the last clock value it has heard of, through a barrier.
+An access is a race if an earlier access to the same word, one of the two a write, was made by another warp at a time
+this one has not heard of. That holds in every order of execution: no luck of the schedule is needed. Blocks are treated
+alike for global memory; they hear of each other through atomics of a single lane.
 """
 
 import numpy as np
@@ -90,19 +90,23 @@ class SharedShadow:
         self.read_at[(warp % clocks.warps)[:, None], g] = clocks.now[warp][:, None]
 
     def write(self, warp: np.ndarray, at: np.ndarray, size: int, values=None, atomic=False, landing=False) -> None:
-        """Warps write; `values()` are the bytes of each lane: warps may write one value to one place, as compilers let them."""
+        """Warps write; `values()` are the bytes of each lane: warps may write one value to one place."""
         g, clocks = self.granules(at, size), self.clocks
         if (bad := self.landing[g]).any():
             text = "shared memory is written while a copy into it is in flight"
             raise Fault("asynchronous copy", text + self.where(g, bad))
         if (bad := self.held[g] > 0).any():
-            raise Fault("race", "shared memory is written while an asynchronous instruction reads it" + self.where(g, bad))
+            raise Fault(
+                "race", "shared memory is written while an asynchronous instruction reads it" + self.where(g, bad)
+            )
         seen, writer = clocks.seen[warp], self.writer[g]
         bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
         if atomic:
             bad &= ~self.atomic[g]
             if (writer < 0).any():
-                raise Fault("uninitialised", "an atomic meets shared memory that nobody wrote" + self.where(g, writer < 0))
+                raise Fault(
+                    "uninitialised", "an atomic meets shared memory that nobody wrote" + self.where(g, writer < 0)
+                )
         if bad.any() and self.changes(at, size, values, bad.any(1)):
             text = "two warps write one place of shared memory, with no barrier between"
             raise Fault("race", text + self.who(g, bad, warp))
@@ -137,6 +141,15 @@ class SharedShadow:
         g = self.granules(at, size)
         self.landing[g] = False
         self.written[g] = self.clocks.now[warp][:, None]
+
+    def hold(self, places: np.ndarray) -> None:
+        """An asynchronous instruction of one warp begins to read granules."""
+        self.held[places] += 1
+
+    def release(self, warp: int, places: np.ndarray) -> None:
+        """It has read them, and its warp knows: others must hear of it before they write."""
+        self.held[places] -= 1
+        self.read_at[warp % self.clocks.warps, places] = self.clocks.now[warp]
 
     def where(self, g: np.ndarray, bad: np.ndarray) -> str:
         size = len(self.writer) * self.granule // self.clocks.blocks

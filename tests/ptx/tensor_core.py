@@ -1,7 +1,7 @@
 """Matrix instructions: fragments of mma and ldmatrix, wgmma with its descriptors.
 
-Products are exact and summed in float64, and the result is rounded once to the accumulator's type. Hardware aligns the products of
-one instruction and truncates; its results differ in the last bits of float32.
+Products are exact and summed in float64, and the result is rounded once to the accumulator's type. Hardware aligns the
+products of one instruction and truncates; its results differ in the last bits of float32.
 """
 
 import re
@@ -95,7 +95,7 @@ def row_access(s, ins, addr: np.ndarray, lanes: np.ndarray, kind: str, values=No
 def fragment(kind: str, columns: int, per: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of each element of an operand in registers, [registers, 32 lanes, elements of a register].
 
-    A (16 rows): register i holds rows GROUP + 8·(i mod 2), columns from 4·per·(i div 2). B is its transpose with 8 rows.
+    A (16 rows): register i holds rows GROUP + 8·(i mod 2), columns from 4·per·(i div 2). B is a transpose, of 8 rows.
     """
     chunk = 4 * per
     count = (2 if kind == "a" else 1) * columns // chunk
@@ -149,14 +149,14 @@ def multiply_fragments(ins: Instruction, program: Program):
 
 
 def accumulator(pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of 32-bit accumulators, [registers, 32, 1]: register 2j + h is column 2·QUAD + h, row GROUP + 8·(j mod 2)."""
+    """Rows and columns of 32-bit accumulators, [registers, 32, 1]; register 2j + h: 2·QUAD + h, GROUP + 8·(j mod 2)."""
     i = np.arange(2 * pairs)[:, None, None]
     row, column = np.broadcast_arrays(GROUP[:, None] + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * QUAD[:, None] + i % 2)
     return row, column
 
 
 class Products:
-    """Products of wgmma in flight: their warps, the group each warp put them in, their registers, the places they read."""
+    """Products of wgmma in flight: their warps, the group of each warp, their registers, the places they read."""
 
     def __init__(self, n: int):
         self.group = np.zeros(n // 32, np.int64)  # that each warp fills now
@@ -171,7 +171,7 @@ class Products:
             done = here[warps] & (group < self.group[warps] - left)
             for warp in warps[done]:
                 for places in held.pop(int(warp), []):
-                    s.batch.shadow.held[places] -= 1
+                    s.batch.shadow.release(int(s.warp[32 * warp]), places)
             if not done.all():
                 self.flying.append((warps[~done], group[~done], registers, held))
         busy: dict[int, np.ndarray] = {}
@@ -247,7 +247,7 @@ class WarpgroupProduct:
         s.launch.profile.flops[f"{self.ta} mma"] += 2 * 16 * self.n * self.k * len(warps)
 
     def operand(self, s, lanes, descriptor, rows, trans: int, type: str, held: dict) -> np.ndarray:
-        """[warps, rows, K] elements named by descriptors: start, leading and stride offsets, swizzle of 128, 64 or 32 bytes."""
+        """[warps, rows, K] elements named by descriptors: start, two offsets, swizzle of 128, 64 or 32 bytes."""
         d = np.broadcast_to(descriptor(s), s.n)[lanes[:, 0]]
         mode, d = d >> np.uint64(62), d.astype(np.int64)[:, None, None]
         start, leading, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
@@ -262,7 +262,9 @@ class WarpgroupProduct:
             at = start + i // 8 * stride + i % 8 * span + k * self.element
         at ^= at >> 3 & (span - 16)
         if (at + self.element > s.batch.shared_bytes).any():
-            raise Fault("out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes")
+            raise Fault(
+                "out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes"
+            )
         at = at + s.shared_base[lanes[:, 0]][:, None, None]
         if s.batch.shadow is not None:
             self.record(s, lanes[:, 0], at.reshape(len(d), -1), held)
@@ -273,5 +275,5 @@ class WarpgroupProduct:
         shadow.read(np.repeat(s.warp[lane], at.shape[1]), at.reshape(-1), self.element, proxy=True)
         for i, first in enumerate(lane):
             places = shadow.granules(at[i], self.element).reshape(-1)
-            shadow.held[places] += 1
+            shadow.hold(places)
             held.setdefault(int(first) // 32, []).append(places)
