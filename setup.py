@@ -66,7 +66,7 @@ setup(
             "transformers>=5",
             "typer",
         ],
-        "dev": ["hypothesis", "peft", "pyright", "pytest", "ruff"],
+        "dev": ["hypothesis", "peft", "pyright", "pytest", "ruff", "triton; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["octavius = octavius.cli:main"]},
     **native_extension(),

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 ROOTS = {"moe_lora": ROOT / "kernels", "octavius": ROOT}
 LAYERS = (  # lowest first; modules of one layer do not import each other
     ("moe_lora.dropout", "moe_lora.routing"),
-    ("moe_lora.gate", "moe_lora.reference", "moe_lora.cpu"),
+    ("moe_lora.triton_kernels",),
+    ("moe_lora.gate", "moe_lora.reference", "moe_lora.cpu", "moe_lora.triton_backend", "moe_lora.measure"),
     ("moe_lora.dispatch",),
     ("moe_lora.ops",),
     ("moe_lora.layers", "moe_lora.check"),
@@ -23,7 +24,7 @@ LAYERS = (  # lowest first; modules of one layer do not import each other
     ("octavius.convert", "octavius.metrics", "octavius.questions", "octavius.scenes", "octavius.faces"),
     ("octavius.assets", "octavius.stamps", "octavius.config", "octavius.prompts", "octavius.report"),
     ("octavius.minilamm", "octavius.data", "octavius.encoders", "octavius.llm", "octavius.projector"),
-    ("octavius.model",),
+    ("octavius.align", "octavius.model"),
     ("octavius.train", "octavius.evaluate", "octavius.chat"),
     ("octavius.demo",),
     ("octavius.cli",),
@@ -75,7 +76,12 @@ def test_engine_needs_torch_and_safetensors_alone():
         for target in imports(path)
         if target.partition(".")[0] not in {"moe_lora", "torch", "safetensors", *sys.stdlib_module_names}
     }
-    assert not foreign
+    assert {name for name, _ in foreign} <= {"moe_lora.triton_kernels", "moe_lora.triton_backend"}
+    assert {target.partition(".")[0] for _, target in foreign} == {"triton"}
+
+
+def test_triton_is_imported_only_when_needed():
+    assert run("import sys, moe_lora; print('triton' in sys.modules)").split() == ["False"]
 
 
 def test_engine_is_loaded_without_transformers_and_octavius():

@@ -1,4 +1,4 @@
-"""Which backend runs a call: the one named, or for "auto" the first that can.
+"""Which backend runs a call: the one named, or for "auto" the first that can; on a GPU the fastest, see `measure.py`.
 
 A backend is a module with
     unavailable() -> None or the reason why it cannot run on this machine
@@ -10,16 +10,18 @@ with h [T, K·R] as `reference` defines it.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 from torch import Tensor
 
-from moe_lora import cpu, reference
+from moe_lora import cpu, measure, reference, triton_backend
 from moe_lora.routing import Plan, Routing
 
-# In the order in which "auto" asks them.
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+# In the order in which "auto" asks them, where none was timed.
+_BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "cpu": cpu, "reference": reference}
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,30 @@ def explain(x: Tensor, weight: Tensor, lora_a: Tensor, routing: Routing, backend
     names = list(_BACKENDS)
     found = names[list(_BACKENDS.values()).index(module)]
     name, asked = _resolve(backend)
-    if name == "auto":
+    if name != "auto":
+        reasons = [f"{asked} asks for {name}"]
+    elif times := _known(x, weight, lora_a, plan):
+        reasons = ["forward timed here in ms: " + ", ".join(f"{each} {time:g}" for each, time in times.items())]
+    else:
         before = names[: names.index(found)]
         reasons = ["the first that can run", *(f"not {key}: {_reason(key, x, weight, lora_a, plan)}" for key in before)]
-    else:
-        reasons = [f"{asked} asks for {name}"]
     kernel, why = module.kernel(x, weight, lora_a, plan)
     return Explanation(found, kernel, "; ".join([*reasons, why]))
 
 
-def choose(backend: str, x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> ModuleType:
-    """The backend's module; ValueError if a named one does not exist or cannot run this call."""
+def choose(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    plan: Plan,
+    needs: tuple[bool, ...] | None = None,
+    run: Callable[[ModuleType], object] | None = None,
+) -> ModuleType:
+    """The backend's module; ValueError if a named one does not exist or cannot run this call.
+
+    `needs` is None for a forward. With `run`, which runs the call on a module, "auto" may time those that can.
+    """
     name, asked = _resolve(backend)
     if name != "auto":
         if name not in _BACKENDS:
@@ -69,10 +84,28 @@ def choose(backend: str, x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) 
         if reason is not None:
             raise ValueError(f"backend {name} cannot run this call: {reason}")
         return _BACKENDS[name]
-    for module in _BACKENDS.values():
-        if module.unavailable() is None and module.refuses(x, weight, lora_a, plan) is None:
-            return module
-    raise AssertionError("the reference runs everywhere")
+    able = _able(x, weight, lora_a, plan)
+    if len(able) == 1 or not measure.applies(x.device):
+        return _BACKENDS[able[0]]
+    times = _known(x, weight, lora_a, plan, needs)
+    if not times and run is not None and measure.may_time(x.device):
+        runs = {each: partial(run, _BACKENDS[each]) for each in able}
+        times = measure.time_all(measure.bucket(x, weight, lora_a, plan, needs), x.device, runs)
+    return _BACKENDS[next(iter(times)) if times else able[0]]
+
+
+def _able(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> list[str]:
+    return [name for name in _BACKENDS if _reason(name, x, weight, lora_a, plan) is None]
+
+
+def _known(
+    x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None
+) -> dict[str, float] | None:
+    """Times of all that can run the call, fastest first, if all were timed."""
+    if not measure.applies(x.device):
+        return None
+    able = _able(x, weight, lora_a, plan)
+    return measure.known(measure.bucket(x, weight, lora_a, plan, needs), x.device, able)
 
 
 def _resolve(backend: str) -> tuple[str, str]:

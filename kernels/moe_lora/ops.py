@@ -105,18 +105,24 @@ def _check(
 
 def _forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
-    module = dispatch.choose(backend, x, weight, lora_a, plan)
-    with _no_autocast(x):
+
+    def run(module):
         return module.forward(x, weight, bias, lora_a, lora_b, plan)
+
+    with _no_autocast(x):
+        return run(dispatch.choose(backend, x, weight, lora_a, plan, run=run))
 
 
 def _backward(
     dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs
 ):  # the schema's order
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
-    module = dispatch.choose(backend, x, weight, lora_a, plan)
+
+    def run(module):
+        return module.backward(dy, x, weight, lora_a, lora_b, h, plan, needs)
+
     with _no_autocast(x):
-        grads = module.backward(dy, x, weight, lora_a, lora_b, h, plan, needs)
+        grads = run(dispatch.choose(backend, x, weight, lora_a, plan, tuple(needs), run))
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 

@@ -1,0 +1,45 @@
+"""The Triton kernels under Triton's interpreter; `test_triton_backend.py` runs this file with TRITON_INTERPRET=1.
+
+Not in bfloat16: the interpreter multiplies its raw bits as integers.
+"""
+
+import pytest
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_lora import triton_backend
+from moe_lora.check import Case, make
+
+from tests.test_linear import CASES
+from tests.tolerance import assert_right
+
+assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+FORM = triton_backend._Call._form
+
+
+@pytest.mark.parametrize("form", ["instance", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted_matches_oracle(case, dtype, form, monkeypatch, nan_empty):
+    monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: (form, "asked for"))
+    assert_right(case, make(case, dtype), "triton")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_interpreted_matches_oracle_on_random_shapes(data):
+    E = data.draw(st.integers(1, 7))
+    K, N = data.draw(st.integers(1, min(E, 3))), data.draw(st.integers(1, 5))
+    packed = data.draw(st.booleans())
+    rows = st.integers(0, 40)
+    lengths = data.draw(st.lists(rows, min_size=N, max_size=N)) if packed else [data.draw(st.integers(1, 24))] * N
+    D, F, R = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20)))
+    experts = data.draw(st.lists(st.tuples(*[st.integers(0, E - 1)] * K), min_size=N, max_size=N))
+    p, form = data.draw(st.sampled_from([0.0, 0.4])), data.draw(st.sampled_from(["instance", "masked"]))
+    case = Case(tuple(lengths), D, F, E, K, R, p, packed, experts=tuple(experts))
+    triton_backend._Call._form = lambda *_: (form, "asked for")
+    try:
+        assert_right(case, make(case, torch.float32), "triton")
+    finally:
+        triton_backend._Call._form = FORM

@@ -1,0 +1,136 @@
+"""Timed choices: by bucket, kept on disk, and not made where they must not be."""
+
+import json
+from types import SimpleNamespace
+
+import moe_lora
+import pytest
+import torch
+from moe_lora import dispatch, measure, reference
+from moe_lora.__main__ import print_speed
+
+TIMES = {"slow": 3.0, "quick": 1.0, "reference": 2.0}
+
+
+def backend(name, log):
+    def forward(*arguments):
+        log.append(name)
+        return reference.forward(*arguments)
+
+    def backward(*arguments):
+        log.append(name + " back")
+        return reference.backward(*arguments)
+
+    able = {"unavailable": lambda: None, "refuses": lambda *_: None, "kernel": lambda *_: (name, "why")}
+    return SimpleNamespace(**able, forward=forward, backward=backward)
+
+
+@pytest.fixture
+def log(monkeypatch, tmp_path):
+    """Three backends with scripted times; the device is the CPU, taken for one where time decides."""
+    log = []
+    monkeypatch.setattr(dispatch, "_BACKENDS", {name: backend(name, log) for name in TIMES})
+    monkeypatch.setattr(measure, "_choices", {})
+    monkeypatch.setattr(measure, "applies", lambda device: True)
+    monkeypatch.setattr(measure, "may_time", lambda device: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MOE_LORA_BACKEND", raising=False)
+
+    def milliseconds(run, device):
+        before = len(log)
+        run()
+        return TIMES[log[-1].split()[0]] if len(log) > before else 0.5
+
+    monkeypatch.setattr(measure, "milliseconds", milliseconds)
+    return log
+
+
+def arguments(T=6, D=8):
+    routing = moe_lora.Routing(torch.tensor([[0, 1]] * 2), torch.rand(2, 2))
+    return torch.randn(2, T // 2, D), torch.randn(5, D), None, torch.randn(3, D, 4), torch.randn(3, 4, 5), routing
+
+
+def test_fastest_runs_and_is_timed_once(log):
+    moe_lora.linear(*arguments())
+    assert log[-1] == "quick" and log.count("slow") == measure._WARM_UP + measure._ROUNDS
+    del log[:]
+    moe_lora.linear(*arguments())
+    assert log == ["quick"]
+
+
+def test_backward_is_timed_for_itself(log):
+    inputs = arguments()
+    inputs[3].requires_grad_()
+    moe_lora.linear(*inputs).sum().backward()
+    assert log[-1] == "quick back" and "slow back" in log
+
+
+def test_choice_survives_the_process(log, monkeypatch):
+    moe_lora.linear(*arguments())
+    del log[:]
+    monkeypatch.setattr(measure, "_choices", {})
+    moe_lora.linear(*arguments())
+    assert log == ["quick"]
+    (machine,) = json.loads(measure.path().read_text())
+    assert torch.__version__ in machine
+
+
+def test_files_of_others_are_kept_and_broken_ones_replaced(log):
+    measure.path().parent.mkdir(parents=True)
+    measure.path().write_text(json.dumps({"another machine": {"bucket": {"quick": 9.0}}}))
+    moe_lora.linear(*arguments())
+    assert json.loads(measure.path().read_text())["another machine"] == {"bucket": {"quick": 9.0}}
+    measure.path().write_text("{")
+    moe_lora.linear(*arguments(T=40))
+    assert len(json.loads(measure.path().read_text())) >= 1
+
+
+def test_bucket_rounds_rows_and_nothing_else(log):
+    def name(**change):
+        x, weight, _, lora_a, _, routing = arguments(**change)
+        return measure.bucket(
+            x, weight, lora_a, moe_lora.ops.Plan(routing.experts, routing.gates, None, 1.0, 0.0, None)
+        )
+
+    assert name(T=6) == name(T=8) != name(T=10)
+    assert name() != name(D=9)
+
+
+def test_nothing_is_timed_where_it_must_not_be(log, monkeypatch):
+    monkeypatch.setattr(measure, "may_time", lambda device: False)
+    moe_lora.linear(*arguments())
+    assert log == ["slow"]
+
+
+def test_may_time(monkeypatch):
+    device = torch.device("cuda")
+    assert not measure.may_time(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert measure.may_time(device)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert not measure.may_time(device)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not measure.may_time(device)
+
+
+def test_explain_tells_the_times(log):
+    x, weight, _, lora_a, _, routing = inputs = arguments()
+    assert moe_lora.explain(x, weight, lora_a, routing).backend == "slow"
+    moe_lora.linear(*inputs)
+    found = moe_lora.explain(x, weight, lora_a, routing)
+    assert found.backend == "quick"
+    assert found.why.startswith("forward timed here in ms: quick 1, reference 2, slow 3; ")
+
+
+def test_named_backend_is_not_timed(log):
+    moe_lora.linear(*arguments(), backend="slow")
+    assert log == ["slow"]
+
+
+def test_self_check_prints_times(log, capsys):
+    print_speed(torch.device("cpu"), torch.float32, ((2, 3, 8, 8),), rounds=2)
+    header, line = capsys.readouterr().out.strip().splitlines()
+    assert header.split()[-4:] == ["slow", "quick", "reference", "auto"]
+    assert line.startswith("2x3, 8 -> 8") and line.count("x)") == 4

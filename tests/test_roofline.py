@@ -1,0 +1,57 @@
+"""The cost model's operations and bytes are those of the compiled kernels: the emulator counts them."""
+
+import moe_lora
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moe_lora import triton_backend
+from ptx.driver import Emulator
+
+from benchmarks.roofline import GPUS, SHAPES, Shape, launches, predict
+
+CASES = (
+    Shape(2, 256, 192, 128, E=4, R=16),  # whole tiles for each instance
+    Shape(
+        2, 200, 192, 128, E=3, R=16, dtype=torch.float16, master=torch.float16
+    ),  # tiles with rows of many instances, of all experts
+    Shape(12, 1, 512, 64, E=4, R=16),  # decode: the shrink is split
+)
+
+
+def profiles(shape, target):
+    """Of each launch of a forward and backward; and the device."""
+    N, L, D, F, E, K, R, dtype, master = vars(shape).values()
+    x, weight = torch.randn(N, L, D).to(dtype).requires_grad_(), torch.randn(F, D).to(dtype)
+    lora_a = torch.randn(E, D, R).to(master).requires_grad_()
+    lora_b = torch.randn(E, R, F).to(master).requires_grad_()
+    experts = torch.arange(N * K).view(N, K) % E
+    routing = moe_lora.Routing(experts, torch.rand(N, K).requires_grad_())
+    with Emulator(target, races=False) as emulator:
+        device = triton_backend._device(x.device)
+        moe_lora.linear(x, weight, None, lora_a, lora_b, routing, backend="triton").sum().backward()
+    return emulator.profiles, device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_model_counts_what_the_kernels_do(shape, target):
+    found, device = profiles(shape, target)
+    wanted = [*launches(shape, device, False), *launches(shape, device, True)]
+    assert [profile.kernel for profile in found] == [launch.kernel for launch in wanted]
+    for profile, launch in zip(found, wanted, strict=True):
+        operations = sum(count for name, count in profile.flops.items() if "mma" in name)
+        assert operations == pytest.approx(launch.flops, rel=0.02), launch
+        for name, size in launch.requested.items():
+            counted = profile.loads(name).bytes + profile.stores(name).bytes
+            assert counted == pytest.approx(size, rel=0.02), (launch.kernel, name, launch)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_predictions_are_sane(gpu):
+    for shape in SHAPES:
+        found = predict(shape, GPUS[gpu])
+        assert 1 < found["forward_ratio"] < 2.5 and 1 < found["both_ratio"] < 4
+    assert predict(SHAPES[1], GPUS[gpu])["both_ratio"] < predict(SHAPES[2], GPUS[gpu])["both_ratio"]
