@@ -151,6 +151,7 @@ MODULE = """.version 8.0
 }
 """
 OTHER = "xor.b32 %r7, %r4, 128; add.s32 %r7, %r7, %r3; ld.shared.b32 %r6, [%r7];"  # of the next warp
+FILL = "mov.b32 %r6, 0; st.shared.b32 [%r5], %r6; bar.sync 0;"
 STATEMENTS = {
     "clean": (None, "st.shared.b32 [%r5], %r1; bar.sync 0;" + OTHER),
     "clean shuffle of half a warp": (None, "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 8, 31, 0xffff;"),
@@ -160,14 +161,14 @@ STATEMENTS = {
     "barrier on one side of a branch": ("barrier", "mov.b32 %r6, 0; @%p1 bra A; bar.sync 0; A: "),
     "two barriers for one": ("barrier", "mov.b32 %r6, 0; @%p2 bra A; bar.sync 0; bra B; A: bar.sync 0; B: "),
     "barrier of more than there are": ("barrier", "mov.b32 %r6, 0; bar.sync 1, 256;"),
-    "shuffle of half a warp, full mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 8, 31, -1;"),
+    "shuffle of half a warp, full mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 8, 31, -1; bar.sync 0;"),
     "shuffle from beyond the mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 16, 31, 0xffff;"),
     "shared memory that nobody wrote": ("uninitialised", "ld.shared.b32 %r6, [%r5];"),
     "shared memory past the end": ("out of bounds", "mov.b32 %r6, 0; st.shared.b32 [%r5+700], %r6;"),
     "shared memory misaligned": ("misaligned", "mov.b32 %r6, 0; st.shared.b32 [%r5+2], %r6;"),
-    "neighbour read without barrier": ("race", "st.shared.b32 [%r5], %r1;" + OTHER),
+    "neighbour read without barrier": ("race", FILL + "st.shared.b32 [%r5], %r1;" + OTHER),
     "two warps write one word": ("race", "mov.b32 %r6, 0; st.shared.b32 [%r3], %r1;"),
-    "atomic beside a store": ("race", "mov.b32 %r6, 0; st.shared.b32 [%r5], %r1; red.shared.add.u32 [%r3], 1;"),
+    "atomic beside a store": ("race", FILL + "st.shared.b32 [%r5], %r1; red.shared.add.u32 [%r3], 1;"),
     "trap": ("trap", "mov.b32 %r6, 0; @!%p3 bra A; trap; A: "),
     "store without address": ("out of bounds", "mov.b32 %r6, 0; mov.b64 %rd3, 0;"),
 }  # fmt: skip
