@@ -161,7 +161,7 @@ STATEMENTS = {
     "barrier on one side of a branch": ("barrier", "mov.b32 %r6, 0; @%p1 bra A; bar.sync 0; A: "),
     "two barriers for one": ("barrier", "mov.b32 %r6, 0; @%p2 bra A; bar.sync 0; bra B; A: bar.sync 0; B: "),
     "barrier of more than there are": ("barrier", "mov.b32 %r6, 0; bar.sync 1, 256;"),
-    "shuffle of half a warp, full mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 8, 31, -1; bar.sync 0;"),
+    "shuffle, full mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 8, 31, -1; bar.sync 0;"),
     "shuffle from beyond the mask": ("shuffle", "mov.b32 %r6, 0; @%p1 shfl.sync.bfly.b32 %r6, %r1, 16, 31, 0xffff;"),
     "shared memory that nobody wrote": ("uninitialised", "ld.shared.b32 %r6, [%r5];"),
     "shared memory past the end": ("out of bounds", "mov.b32 %r6, 0; st.shared.b32 [%r5+700], %r6;"),
