@@ -281,6 +281,7 @@ class Warps:
         self.local, self.local_base = np.full(self.local_bytes * n, 0xFF, np.uint8), np.arange(n) * self.local_bytes
         self.rows = np.arange(n) // 32 * 32
         self.special = self.make_special(thread)
+        self.by_mask = np.array([step.mask is not None for step in self.launch.steps] + [False])
         zero = {w: np.zeros(n, U[w]) for w in U} | {1: np.zeros(n, bool)}
         self.R = [zero[w] for _, w in self.program.registers.values()]
         self.carry = np.zeros(n, bool)
@@ -381,7 +382,7 @@ class Warps:
         m = runnable & (self.pcs == pc)
         self.turn[m] = self.stuck
         step = self.launch.steps[pc]
-        if m.all() and not (step.stops or step.barrier):
+        if m.all() and not (step.stops or step.barrier or ((step.whole or step.mask) and step.guard)):
             self.pc = pc
             return True
         active = self.guarded(step, m)
@@ -392,7 +393,8 @@ class Warps:
             self.count(step, active)
             self.pcs[m] = pc + 1
             self.state[active] = DONE
-            self.state[(self.state == PARKED) & np.repeat(active.reshape(-1, 32).any(1), 32)] = RUN  # to look again
+            waiting = (self.state == PARKED) & np.repeat(active.reshape(-1, 32).any(1), 32)
+            self.state[waiting & self.by_mask[self.pcs]] = RUN  # fewer are needed now: look again
             for block in np.unique(self.block_in_batch[active]):
                 self.batch.open(int(block))
         elif step.whole or step.mask:
