@@ -77,12 +77,20 @@ class SceneProjector(nn.Module):
     Args:
         width: C of the object features.
         dim: D of the LLM.
-        std: of the LLM's embeddings; the tokens start at that size.
+        mean, std: of the LLM's embeddings; the markers start at one, the tokens at the size of the other.
         queries, heads, layers, dropout: of the resampler.
     """
 
     def __init__(
-        self, width: int, dim: int, std: float, queries: int = 16, heads: int = 8, layers: int = 1, dropout: float = 0.1
+        self,
+        width: int,
+        dim: int,
+        mean: torch.Tensor,
+        std: float,
+        queries: int = 16,
+        heads: int = 8,
+        layers: int = 1,
+        dropout: float = 0.1,
     ):
         super().__init__()
         self.tokens = queries
@@ -90,7 +98,7 @@ class SceneProjector(nn.Module):
         self.resampler_3d = Resampler3D(queries, width, heads, layers, dropout)
         self.llama_proj_3d = nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
         nn.init.constant_(self.llama_proj_3d[1].weight, std)  # type: ignore[arg-type]
-        self.markers = nn.Parameter(torch.zeros(2, dim))  # <Pcl>, </Pcl>
+        self.markers = nn.Parameter(mean.repeat(2, 1))  # <Pcl>, </Pcl>: [2, D]
 
     def forward(
         self, features: torch.Tensor, boxes: torch.Tensor, mask: torch.Tensor

@@ -126,7 +126,7 @@ _TABLE = (
         size=119_782_356,
         sha256="3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
         licence="CC0 / CC-BY-3.0",
-        use="820 furniture models with names, sizes and icons: the point encoder's training and the rooms of mini-Scan2Inst",
+        use="furniture models with names, sizes and icons: the point encoder's training, rooms of mini-Scan2Inst",
         inside="furniture",
     ),
     Asset(

@@ -64,7 +64,7 @@ def _extent(box: np.ndarray) -> np.ndarray:
     if box.shape == (8, 3):
         box = np.concatenate((box.min(0), box.max(0)))
     if box.shape != (6,) or not np.isfinite(box).all() or (box[3:] < box[:3]).any() or (box[3:] <= box[:3]).all():
-        raise ValueError(f"a box must be 8×3 corners or (xmin, ymin, zmin, xmax, ymax, zmax), got {box.tolist()}")
+        raise ValueError(f"a box must be 8 corners or (xmin, ymin, zmin, xmax, ymax, zmax), got {box.tolist()}")
     return box.astype(np.float32)
 
 

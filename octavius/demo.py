@@ -122,7 +122,7 @@ def _sample(record: Record, text: str, weights: torch.Tensor) -> dict[str, Any]:
     return {
         "id": record.id,
         "benchmark": record.truth["benchmark"],
-        "image": str(record.image),
+        "image": str(record.source),
         "question": record.turns[-1][0],
         "answer": text,
         "reference": record.turns[-1][1],

@@ -70,9 +70,7 @@ class Furniture:
     def text(self) -> str:
         """What a catalogue would print: name, room and size."""
         width, depth, height = self.size
-        return (
-            f"{article(self.name)}, {self.category.lower()}, {width:.1f} m wide, {depth:.1f} m deep, {height:.1f} m high"
-        )
+        return f"{article(self.name)}, {self.category.lower()}, {width:.1f} m wide, {depth:.1f} m deep, {height:.1f} m high"
 
 
 def article(name: str) -> str:

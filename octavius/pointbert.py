@@ -105,7 +105,9 @@ class MiniPointNet(nn.Module):
         self.first_conv = nn.Sequential(
             nn.Linear(channels, half), nn.BatchNorm1d(half), nn.ReLU(), nn.Linear(half, width)
         )
-        self.second_conv = nn.Sequential(nn.Linear(inner, inner), nn.BatchNorm1d(inner), nn.ReLU(), nn.Linear(inner, width))
+        self.second_conv = nn.Sequential(
+            nn.Linear(inner, inner), nn.BatchNorm1d(inner), nn.ReLU(), nn.Linear(inner, width)
+        )
 
     def forward(self, groups: torch.Tensor) -> torch.Tensor:
         batch, count, size, _ = groups.shape

@@ -198,7 +198,9 @@ def _from_pcd(data: bytes) -> PointCloud:
                 table[name] = flat[:, at : at + count]
                 at += count
         case kind:
-            raise ValueError(f"PCD data must be ascii or binary, got {kind}; convert it with pcl_convert_pcd_ascii_binary")
+            raise ValueError(
+                f"PCD data must be ascii or binary, got {kind}; convert it with pcl_convert_pcd_ascii_binary"
+            )
     xyz = np.concatenate([table[axis] for axis in "xyz"], 1).astype(np.float32)
     packed = next((table[name] for name in ("rgb", "rgba") if name in names), None)
     if packed is None:

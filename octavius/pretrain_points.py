@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 from octavius import assets, furniture
 from octavius.encoders import load_tower
 from octavius.furniture import CLASSES, Furniture, article
-from octavius.pointbert import PRESETS, PointBert, encode, prepare
+from octavius.pointbert import PRESETS, PointBert, encode, load_pointbert, prepare
 from octavius.points import PointCloud
 from octavius.render import render
 
@@ -99,6 +99,16 @@ def _side(rows: list[int], models: list[Furniture], texts: torch.Tensor, images:
     return Side(texts[rows], images[rows], [models[i].name for i in rows], [models[i].label for i in rows])
 
 
+def load_encoder(name: str) -> PointBert:
+    """A frozen point encoder: `small`, pre-trained into the cache if it is not there yet, a folder, or a .pt file."""
+    if name not in PRESETS:
+        return load_pointbert(name)
+    folder = assets.default_cache() / "points" / name
+    if not (folder / "pointbert.safetensors").exists():
+        pretrain(folder, PretrainConfig(preset=name))
+    return load_pointbert(folder)
+
+
 def embed_texts(texts: list[str], batch_size: int = 64) -> torch.Tensor:
     """Sentence embeddings of length 1, [n, 384]: the mean over tokens of all-MiniLM-L6-v2."""
     source = assets.need("minilm")
@@ -128,7 +138,9 @@ def _teachers(
                 views = [furniture.icon(folder, model), *(render(cloud, tower.size, *view) for view in VIEWS)]
                 images.append(tower(torch.stack([tower.pixels(view) for view in views])).mean(1))
         partial = file.with_suffix(".partial")
-        torch.save([nn.functional.normalize(names, dim=-1), texts.view(len(models), 2, -1), torch.stack(images)], partial)
+        torch.save(
+            [nn.functional.normalize(names, dim=-1), texts.view(len(models), 2, -1), torch.stack(images)], partial
+        )
         partial.rename(file)
     names, texts, images = torch.load(file, weights_only=True)
     return names, texts, images

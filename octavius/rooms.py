@@ -18,7 +18,7 @@ from octavius import assets, furniture
 from octavius.facts import Box, Scene, SceneObject, colour_name
 from octavius.furniture import CLASSES, Furniture
 from octavius.points import PointCloud
-from octavius.scan2inst import Builder
+from octavius.scan2inst import Builder, describe
 
 VERSION = 1  # of the builder: raise it whenever the same settings give other bytes
 SIDES = ("train", "test", "zeroshot")
@@ -217,8 +217,6 @@ def annotate(name: str, room: Box, placed: list[Placed]) -> Scene:
 
 def captions(item: SceneObject, name: str) -> tuple[str, ...]:
     """The caption by the class, and the same by the catalogue's name where that differs."""
-    from octavius.scan2inst import describe
-
     texts = [describe(item), describe(replace(item, name=name))]
     return tuple(dict.fromkeys(texts))
 

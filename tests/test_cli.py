@@ -103,4 +103,4 @@ def test_settings_of_the_file_reach_the_data(run, parts):
     model = tiny.make(parts)
     config = Config(data=tiny.data_config(parts))
     records, store = load_data(model, config, "train.json")
-    assert len(records) == 7 and store.folder is None
+    assert len(records) == 7 and store.pictures.folder is None
