@@ -118,7 +118,7 @@ def propose(cloud: PointCloud, method: str = "hdbscan", seed: int = 0) -> Boxes:
         else:
             cut = 3 * size  # below this distance points are together, whatever their density
             smallest = max(10, len(rest) // 500)
-            labels = HDBSCAN(smallest, min_samples=4, cluster_selection_epsilon=cut, copy=True).fit_predict(rest)
+            labels = HDBSCAN(smallest, min_samples=4, cluster_selection_epsilon=cut).fit_predict(rest)
         for label in range(labels.max() + 1):
             points = rest[labels == label]
             if len(points) >= MIN_POINTS:

@@ -47,7 +47,7 @@ class Stores(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation about one picture or point cloud; `truth` is the rest of the JSON, such as labels to score by."""
+    """One conversation about one picture or point cloud; `truth` is the rest of its JSON, such as labels."""
 
     id: str
     image: Path | None
@@ -89,9 +89,8 @@ def make_records(items: Any, file: Path, folder: Path) -> list[Record]:
     records = [_record(item, folder, f"{file}: record {index}") for index, item in enumerate(items)]
     kept = [record for record in records if record is not None]
     if len(kept) < len(items):
-        console.print(
-            f"{file}: {len(items) - len(kept)} of {len(items)} records have no picture or cloud and are skipped"
-        )
+        without = len(items) - len(kept)
+        console.print(f"{file}: {without} of {len(items)} records have no picture or cloud and are skipped")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""The furniture models of the `furniture` asset (Sweet Home 3D's catalogues): names, sizes in metres, surfaces, classes.
+"""The models of the `furniture` asset (Sweet Home 3D's catalogues): names, sizes in metres, surfaces, classes.
 
 Every model is scaled to its catalogue's size and stands on z = 0, its front towards -y. CLASSES puts 300 of the 820
 into classes by name; one catalogue, UNSEEN, is kept for the zero-shot sets, and of every class a quarter for the tests.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import trimesh
 from PIL import Image
+from trimesh.resolvers import ZipResolver
 
 from octavius.points import PointCloud, from_scene, z_up
 
@@ -70,7 +71,8 @@ class Furniture:
     def text(self) -> str:
         """What a catalogue would print: name, room and size."""
         width, depth, height = self.size
-        return f"{article(self.name)}, {self.category.lower()}, {width:.1f} m wide, {depth:.1f} m deep, {height:.1f} m high"
+        size = f"{width:.1f} m wide, {depth:.1f} m deep, {height:.1f} m high"
+        return f"{article(self.name)}, {self.category.lower()}, {size}"
 
 
 def article(name: str) -> str:
@@ -92,9 +94,9 @@ def catalogue(folder: Path) -> list[Furniture]:
 
 
 def split(models: list[Furniture]) -> dict[str, list[Furniture]]:
-    """train, test (a quarter of every class), zeroshot (the catalogue UNSEEN). Names that two sides share stay apart
+    """train, test (a quarter of every class) and zeroshot (the catalogue UNSEEN).
 
-    only as models: a chair is a chair on every side. Models of one name and size are one model.
+    Models of one name and size are taken as one, so that no twin of a test model is trained on.
     """
     sides: dict[str, list[Furniture]] = {"train": [], "test": [], "zeroshot": []}
     number: dict[str, int] = defaultdict(int)
@@ -143,7 +145,7 @@ def sample(folder: Path, model: Furniture, count: int = POINTS) -> PointCloud:
         vertices = np.concatenate([part.vertices for part in scene.dump()]) @ turn.T
         corners = np.stack((vertices.min(0), vertices.max(0)))
     xyz = z_up((xyz - corners.mean(0)) / np.maximum(corners[1] - corners[0], 1e-9))  # in -0.5..0.5
-    xyz = (xyz + (0, 0, 0.5)) * model.size
+    xyz = (xyz + np.array([0, 0, 0.5])) * model.size
     return PointCloud(xyz.astype(np.float32), cloud.rgb)
 
 
@@ -174,5 +176,5 @@ def _scene(archive: zipfile.ZipFile, name: str) -> Any:
     """An OBJ of the archive with its materials and textures."""
     folder = posixpath.dirname(name)
     files = {entry: io.BytesIO(archive.read(entry)) for entry in archive.namelist() if entry.startswith(folder + "/")}
-    resolver = trimesh.resolvers.ZipResolver(files, namespace=folder)
+    resolver = ZipResolver(files, namespace=folder)
     return trimesh.load_scene(files[name], file_type="obj", resolver=resolver, process=False)

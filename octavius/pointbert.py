@@ -154,7 +154,7 @@ def farthest_points(xyz: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def group(points: torch.Tensor, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points [B, n, channels] → groups [B, count, size, channels], xyz relative to the centre, and centres [B, count, 3].
+    """Points [B, n, channels] → groups [B, count, size, channels], xyz from the centre, and centres.
 
     With fewer points than a group has, the nearest are repeated.
     """
@@ -238,7 +238,7 @@ def load_pointbert(path: str | Path, config: PointBertConfig | None = None) -> P
 
 
 def _ulip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without prefixes, 1×1 convolutions as linears; the parts of ULIP that are not the point encoder left out."""
+    """Names without prefixes, 1×1 convolutions as linears; ULIP's other parts left out."""
     whole = any("point_encoder." in name for name in state)
     found = {}
     for name, tensor in state.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import trimesh
+from trimesh.resolvers import FilePathResolver
 
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 LARGEST = 200.0  # metres: a longer scene is one in other units
@@ -85,7 +86,7 @@ def checked(cloud: PointCloud, where: str) -> PointCloud:
     Raises:
         ValueError: as `read_cloud`.
     """
-    good = np.isfinite(cloud.xyz).all(1)
+    good = np.asarray(np.isfinite(cloud.xyz).all(1))
     if not good.any():
         raise ValueError(f"{where}: must hold points with finite coordinates, got {len(cloud)} points")
     if (bad := len(cloud) - int(good.sum())) > MAX_BAD * len(cloud):
@@ -171,7 +172,7 @@ def _from_array(array: np.ndarray) -> PointCloud:
 
 def _beside(path: Path) -> dict[str, Any]:
     """Lets an OBJ file find its materials and textures."""
-    return {"resolver": trimesh.resolvers.FilePathResolver(str(path))} if path.suffix.lower() == ".obj" else {}
+    return {"resolver": FilePathResolver(str(path))} if path.suffix.lower() == ".obj" else {}
 
 
 def _from_pcd(data: bytes) -> PointCloud:
@@ -198,9 +199,7 @@ def _from_pcd(data: bytes) -> PointCloud:
                 table[name] = flat[:, at : at + count]
                 at += count
         case kind:
-            raise ValueError(
-                f"PCD data must be ascii or binary, got {kind}; convert it with pcl_convert_pcd_ascii_binary"
-            )
+            raise ValueError(f"PCD data must be ascii or binary, got {kind}; see pcl_convert_pcd_ascii_binary")
     xyz = np.concatenate([table[axis] for axis in "xyz"], 1).astype(np.float32)
     packed = next((table[name] for name in ("rgb", "rgba") if name in names), None)
     if packed is None:

@@ -4,8 +4,8 @@
 
 Every piece is tokenised by itself, so that the question's tokens, which the gate reads, and the answer's, which carry
 the loss, are the same ids wherever they stand. Picture tokens and the two markers have ids beyond the vocabulary:
-`vocab` for <Img>, `vocab + 1` for </Img>, `vocab + 2` for a picture token; a point cloud's <Pcl>, </Pcl> and tokens have
-the three after these. The LLM's own embeddings stay as they are.
+`vocab` for <Img>, `vocab + 1` for </Img>, `vocab + 2` for a picture token; <Pcl>, </Pcl> and a point cloud's tokens
+have the next three. The LLM's own embeddings stay as they are.
 """
 
 from dataclasses import dataclass

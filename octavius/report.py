@@ -143,18 +143,15 @@ def pretrain_table(report: Mapping[str, Any]) -> Table:
     )
     names = {"test": "test models", "zeroshot": "catalogue never seen"}
     for side, name in names.items():
-        scores = report[side]
-        rows = [("zero-shot Acc@1", scores["zero_shot_acc"], "chance", scores["zero_shot_chance"])]
-        rows.append(
-            ("nearest neighbour", scores["nearest_feature_acc"], "raw geometry", scores["nearest_geometry_acc"])
-        )
+        s = report[side]
+        rows = [("zero-shot Acc@1", s["zero_shot_acc"], "chance", s["zero_shot_chance"])]
+        rows.append(("nearest neighbour", s["nearest_feature_acc"], "raw geometry", s["nearest_geometry_acc"]))
         for kind in ("text", "image"):
             for k in (1, 5):
-                rows.append(
-                    (f"{kind} recall@{k}", scores[f"{kind}_recall@{k}"], "chance", scores[f"{kind}_chance@{k}"])
-                )
+                metric = f"{kind} recall@{k}"
+                rows.append((metric, s[f"{kind}_recall@{k}"], "chance", s[f"{kind}_chance@{k}"]))
         for metric, score, against, other in rows:
-            count = scores["models" if "recall" in metric else "labelled"]
+            count = s["models" if "recall" in metric else "labelled"]
             table.add_row(name, str(count), metric, _score(100 * score), f"{against} {_score(100 * other)}")
     return table
 

@@ -1,4 +1,4 @@
-"""Upstream's Scan2Inst files as they are: `scan2inst_train.json` with features per object, or `.pickle` with all in one.
+"""Upstream's Scan2Inst files as they are: `scan2inst_train.json` with features per object, or `.pickle`.
 
     {root}/lamm_scannet_tr3d/{ins_pc_feat,bbox}/{scene}/{id}-{name}.npy      detected objects: features, 8×3 corners
     {root}/lamm_scannet_gt/{ins_pc_feat,bbox}/{scene}/{id}-{name}.npy        annotated objects

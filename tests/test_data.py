@@ -171,7 +171,7 @@ def test_prompt_has_no_last_answer_and_is_never_cut(kit):
 
 
 def test_no_record_is_refused(kit):
-    with pytest.raises(ValueError, match="at least one record with a readable picture, got none"):
+    with pytest.raises(ValueError, match="at least one record with a readable picture or cloud, got none"):
         InstructionData([], kit[0], 4, 0)
 
 
