@@ -17,6 +17,7 @@ from octavius.points import PointCloud
 MIN_POINTS = 8  # an object with fewer in its box is no object
 MAX_OBJECTS = 64
 VOXEL = 0.04  # metres, of the grid that is clustered
+SINGLE = 2.5  # metres: a shorter cloud is not a room
 PLANES, TRIES = 6, 400  # planes taken away at most, and candidates for each
 
 
@@ -103,10 +104,12 @@ def objects_of(cloud: PointCloud, boxes: Boxes | None = None) -> tuple[Boxes, li
 def propose(cloud: PointCloud, seed: int = 0) -> Boxes:
     """Boxes of the things that stand in a scene, the largest first, at most MAX_OBJECTS.
 
-    Large planes go, then DBSCAN (Ester et al. 1996) joins what is nearer than three cells, or, in a thin cloud, than one
-    and a half times the usual distance to the fourth neighbour. Things that touch are one. A cloud in which nothing is
-    found is one object.
+    Large planes go, then DBSCAN (Ester et al. 1996) joins what is nearer than three cells, or, in a thin cloud, than
+    one and a half times the usual distance to the fourth neighbour. Things that touch are one. A cloud no longer than
+    SINGLE, or in which nothing is found, is one object.
     """
+    if (cloud.box[3:] - cloud.box[:3]).max() <= SINGLE:
+        return Boxes(cloud.box[None], [""])
     rng = np.random.default_rng(seed)
     size = max(VOXEL, float((cloud.box[3:] - cloud.box[:3]).max()) / 400)
     rest = remove_planes(voxels(cloud.xyz, size), voxels(cloud.xyz, 2.5 * size), 1.5 * size, rng)
