@@ -200,7 +200,6 @@ RECORDS = [
     {"benchmark": "smile", "prediction": "", "attr": "no", "labels": ["yes", "no"]},
 ]
 NAMES = ["chair", "table"]
-ASKED = {"benchmark": "vqa3d", "labels": NAMES}
 SCENES: list[dict] = [
     {"benchmark": "classification3d", "prediction": "a chair", "label": "chair", "labels": NAMES},
     {"benchmark": "caption3d", "prediction": CAPTIONS[0], "sentences": REFERENCES[0]},
