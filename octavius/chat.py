@@ -8,15 +8,20 @@ from octavius.data import Collator, InstructionData, Record
 from octavius.encoders import FeatureStore
 from octavius.model import Octavius
 from octavius.objects import ObjectStore, Region
+from octavius.scene_picture import save_picture
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A point cloud to ask about: its file, the unit of its coordinates, its boxes (None: proposals)."""
+    """A point cloud to ask about: its file, the unit of its coordinates, its boxes (None: proposals).
+
+    draw: a picture file that receives the cloud, the boxes and the attention they got.
+    """
 
     file: Path
     unit: str = "m"
     boxes: Boxes | None = None
+    draw: Path | None = None
 
 
 def chat(
@@ -42,6 +47,8 @@ def chat(
             raise ValueError("this model reads pictures alone: it was trained without model.clouds")
         scenes, cloud = ObjectStore(model.encoder[0]), Region(seen.file)
         scenes.add(seen.file, seen.boxes, seen.unit)
+        if seen.draw:
+            save_picture(model, scenes, cloud, seen.draw, seen.unit)
     else:
         if model.tower[0] is None:
             raise ValueError("this model reads point clouds alone: it was trained without model.tower")

@@ -54,13 +54,14 @@ def chat(
     points: Annotated[Path | None, typer.Option(help="A point cloud or mesh: .ply, .pcd, .npy, .obj ...")] = None,
     boxes: Annotated[Path | None, typer.Option(help="Boxes of its objects; without, they are proposed.")] = None,
     unit: Annotated[str, typer.Option(help="Of the cloud's coordinates: m, cm, mm.")] = "m",
+    draw: Annotated[Path | None, typer.Option(help="Picture file for the cloud and its objects' attention.")] = None,
     model: Checkpoint = Path("runs/demo/model"),
     task: Annotated[str, typer.Option(help="Task type, for models trained with system messages.")] = "normal",
 ) -> None:
     """Ask about a picture or a point cloud; prints the answer and the experts that gave it."""
     if (image is None) == (points is None):
         raise ValueError("give either --image or --points")
-    seen = image or Scan(points, unit, read_boxes(boxes) if boxes else None)  # type: ignore[arg-type]
+    seen = image or Scan(points, unit, read_boxes(boxes) if boxes else None, draw)  # type: ignore[arg-type]
     answer, experts = ask(Octavius.from_folder(model), seen, question, task)
     console.print(answer, markup=False)
     console.print("experts: " + ", ".join(f"{e} ({weight:.2f})" for e, weight in experts), style="dim")
