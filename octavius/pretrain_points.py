@@ -35,7 +35,7 @@ class PretrainConfig:
 
     preset: str = "small"
     tower: str = "efficientnet-lite0"
-    epochs: int = 40
+    epochs: int = 24
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -126,13 +126,12 @@ def embed_texts(texts: list[str], batch_size: int = 64) -> torch.Tensor:
 def _teachers(
     folder: Path, models: list[Furniture], clouds: list[PointCloud], config: PretrainConfig, cache: Path
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features of the classes [classes, 384], texts [models, 3, 384] and pictures [models, 3, C], kept in `cache`."""
-    file = cache / f"teachers-{config.tower}-{len(models)}x3.pt"
+    """Features of the classes [classes, 384], texts [models, 2, 384] and pictures [models, 3, C], kept in `cache`."""
+    file = cache / f"teachers-{config.tower}-{len(models)}.pt"
     if not file.exists():
         prompts = [prompt.format(label) for label in CLASSES for prompt in PROMPTS]
         names = embed_texts(prompts).view(len(CLASSES), len(PROMPTS), -1).mean(1)
-        said = [(article(model.name), model.text(), article(model.label or model.name)) for model in models]
-        texts = embed_texts([text for row in said for text in row])
+        texts = embed_texts([text for model in models for text in (article(model.name), model.text())])
         tower, images = load_tower(config.tower), []
         with torch.inference_mode():
             for model, cloud in track(list(zip(models, clouds, strict=True)), "pictures"):
@@ -140,7 +139,7 @@ def _teachers(
                 images.append(tower(torch.stack([tower.pixels(view) for view in views])).mean(1))
         partial = file.with_suffix(".partial")
         torch.save(
-            [nn.functional.normalize(names, dim=-1), texts.view(len(models), 3, -1), torch.stack(images)], partial
+            [nn.functional.normalize(names, dim=-1), texts.view(len(models), 2, -1), torch.stack(images)], partial
         )
         partial.rename(file)
     names, texts, images = torch.load(file, weights_only=True)
@@ -187,10 +186,7 @@ def contrast(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, same: torch.
 
 
 def augment(cloud: PointCloud, rng: np.random.Generator) -> PointCloud:
-    """The object turned about z, stretched, seen in part, in other light, with some of the floor or wall beside it.
-
-    Four times of five it is turned by quarters and a little: rooms are scanned along their walls.
-    """
+    """The object turned about z, stretched, seen in part, in other light, with some of the floor or wall beside it."""
     cloud = cloud[rng.permutation(len(cloud))[: int(rng.integers(256, 2048))]]
     assert cloud.rgb is not None
     xyz, rgb = cloud.xyz, cloud.rgb
@@ -205,8 +201,7 @@ def augment(cloud: PointCloud, rng: np.random.Generator) -> PointCloud:
         plane[:, axis] = low[axis] if axis == 2 or rng.random() < 0.5 else high[axis]
         xyz = np.concatenate((xyz, plane.astype(np.float32)))
         rgb = np.concatenate((rgb, np.broadcast_to(rng.uniform(0.2, 0.9, 3), (count, 3)).astype(np.float32)))
-    quarters = rng.integers(4) * np.pi / 2 + rng.normal(0, 0.15)
-    angle = quarters if rng.random() < 0.8 else rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
     xyz = (xyz * rng.uniform(0.85, 1.15, 3)) @ turn.T
     xyz = xyz + rng.normal(0, 0.005 * np.ptp(xyz, 0).max(), xyz.shape)
