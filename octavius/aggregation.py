@@ -11,6 +11,8 @@ Names of the parameters are those of upstream's checkpoints (`resampler_3d`, `po
 import torch
 from torch import nn
 
+from octavius.config import CloudConfig
+
 
 class Attention(nn.Module):
     """Multi-head attention with output dropout, residual and post-norm, as upstream's.
@@ -78,24 +80,13 @@ class SceneProjector(nn.Module):
         width: C of the object features.
         dim: D of the LLM.
         mean, std: of the LLM's embeddings; the markers start at one, the tokens at the size of the other.
-        queries, heads, layers, dropout: of the resampler.
+        config: queries, heads, layers and dropout of the resampler.
     """
 
-    def __init__(
-        self,
-        width: int,
-        dim: int,
-        mean: torch.Tensor,
-        std: float,
-        queries: int = 16,
-        heads: int = 8,
-        layers: int = 1,
-        dropout: float = 0.1,
-    ):
+    def __init__(self, width: int, dim: int, mean: torch.Tensor, std: float, config: CloudConfig):
         super().__init__()
-        self.tokens = queries
         self.pos_3d_proj = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, width))
-        self.resampler_3d = Resampler3D(queries, width, heads, layers, dropout)
+        self.resampler_3d = Resampler3D(config.queries, width, config.heads, config.layers, config.dropout)
         self.llama_proj_3d = nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
         nn.init.constant_(self.llama_proj_3d[1].weight, std)  # type: ignore[arg-type]
         self.markers = nn.Parameter(mean.repeat(2, 1))  # <Pcl>, </Pcl>: [2, D]

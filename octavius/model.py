@@ -96,8 +96,7 @@ class Octavius(nn.Module):
             self.markers = nn.Parameter(mean.repeat(2, 1))  # <Img>, </Img>: [2, D]
         if clouds := config.clouds:
             width = clouds.width if encoder is None else encoder.features
-            shape = (clouds.queries, clouds.heads, clouds.layers, clouds.dropout)
-            self.scene = SceneProjector(width, dim, mean, std, *shape)
+            self.scene = SceneProjector(width, dim, mean, std, clouds)
         self.gate = moe_lora.InstanceGate(
             dim,
             config.lora.num_experts,

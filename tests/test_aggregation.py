@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from octavius.aggregation import SceneProjector
+from octavius.config import CloudConfig
 
 WIDTH, DIM, HEADS, QUERIES = 24, 20, 3, 5
 
@@ -39,7 +40,7 @@ def reference(p, features, boxes, mask, heads):
 
 @pytest.fixture
 def module():
-    made = SceneProjector(WIDTH, DIM, torch.zeros(DIM), 0.3, QUERIES, HEADS, 1, dropout=0.0)
+    made = SceneProjector(WIDTH, DIM, torch.zeros(DIM), 0.3, CloudConfig(queries=QUERIES, heads=HEADS, dropout=0.0))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made
@@ -92,10 +93,14 @@ def test_scene_without_objects_is_finite_in_both_directions(module, batch):
 
 def test_parameters_have_upstreams_names_and_shapes():
     names = {
-        name: tuple(value.shape) for name, value in SceneProjector(768, 5120, torch.zeros(5120), 1.0).named_parameters()
+        name: tuple(value.shape)
+        for name, value in SceneProjector(768, 5120, torch.zeros(5120), 1.0, CloudConfig()).named_parameters()
     }
     assert (
-        sum(value.numel() for value in SceneProjector(768, 5120, torch.zeros(5120), 1.0).resampler_3d.parameters())
+        sum(
+            value.numel()
+            for value in SceneProjector(768, 5120, torch.zeros(5120), 1.0, CloudConfig()).resampler_3d.parameters()
+        )
         == 4_740_096
     )
     assert names["resampler_3d.query_embed.weight"] == (16, 768)
@@ -107,4 +112,4 @@ def test_parameters_have_upstreams_names_and_shapes():
 
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="heads must divide the width 24, got 5"):
-        SceneProjector(24, DIM, torch.zeros(DIM), 1.0, QUERIES, 5)
+        SceneProjector(24, DIM, torch.zeros(DIM), 1.0, CloudConfig(heads=5))

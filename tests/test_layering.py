@@ -21,7 +21,7 @@ LAYERS = (  # lowest first; modules of one layer do not import each other
     ("moe_lora",),
     ("moe_lora.__main__", "octavius"),
     ("octavius.convert", "octavius.metrics", "octavius.questions", "octavius.scenes", "octavius.faces"),
-    ("octavius.points", "octavius.facts", "octavius.aggregation"),
+    ("octavius.points", "octavius.facts"),
     ("octavius.assets", "octavius.stamps", "octavius.config", "octavius.prompts", "octavius.render"),
     ("octavius.furniture", "octavius.candidates", "octavius.pointbert", "octavius.scan2inst", "octavius.report"),
     (
