@@ -28,6 +28,7 @@ LAYERS = (  # lowest first; modules of one layer do not import each other
         "octavius.minilamm",
         "octavius.rooms",
         "octavius.objects",
+        "octavius.aggregation",
         "octavius.encoders",
         "octavius.llm",
         "octavius.projector",
