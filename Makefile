@@ -21,7 +21,7 @@ assets: build
 
 build: .venv/ready
 
-.venv/ready: constraints.txt setup.py pyproject.toml
+.venv/ready: constraints.txt setup.py pyproject.toml $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv .venv || \

@@ -76,9 +76,9 @@ def evaluate_command(
 ) -> None:
     """Score a model on the questions of `data.root`/FILE, with their own pictures and blind."""
     loaded = Octavius.from_folder(model)
-    records, store = load_data(loaded, load_config(config, settings), file)
-    scores, answers = evaluate(loaded, records, store)
-    blind, _ = evaluate(loaded, records, store, blind=True)
+    records, stores = load_data(loaded, load_config(config, settings), file)
+    scores, answers = evaluate(loaded, records, stores)
+    blind, _ = evaluate(loaded, records, stores, blind=True)
     write_answers(model / f"answers-{Path(file).stem}.jsonl", records, answers)
     console.print(score_table({"scores": {"moe": scores, "blind": blind}}))
 

@@ -104,6 +104,7 @@ class TrainConfig:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    align: bool = False  # start the projector in closed form, see align.py, instead of at random
     compile: bool = False  # torch.compile the decoder layers: pays from about five minutes of training
     save_steps: int = 200
     log_steps: int = 5

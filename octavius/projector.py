@@ -38,6 +38,9 @@ class Projector(nn.Module):
         self.std.copy_(features.std((0, 1)) + 1e-2)
         self.limit.fill_(5.0)
 
+    def standard(self, features: torch.Tensor) -> torch.Tensor:
+        """Features as the first layer sees them, in float32."""
+        return ((features.float() - self.mean) / self.std).clamp(-self.limit, self.limit)
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        standard = ((features.float() - self.mean) / self.std).clamp(-self.limit, self.limit)
-        return self.net(standard.to(self.positions.dtype)) + self.positions
+        return self.net(self.standard(features).to(self.positions.dtype)) + self.positions

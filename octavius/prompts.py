@@ -95,8 +95,8 @@ class ConversationFormat:
             gate.extend([int(read)] * len(tokens))
 
         if self.system:
-            add(self._tokens(SYSTEM[task_type] + "\n\n"), read=self.gate_system)
-        add(self._tokens("### Human:"))
+            add(self.tokens(SYSTEM[task_type] + "\n\n"), read=self.gate_system)
+        add(self.tokens("### Human:"))
         if image_tokens:
             add([self.image_start, *[self.image_token] * image_tokens, self.image_end])
         if cloud_tokens:
@@ -104,11 +104,11 @@ class ConversationFormat:
         start = len(ids)
         for turn, (question, answer) in enumerate(turns):
             if turn:
-                add(self._tokens("\n### Human:"))
-            add(self._tokens(f" {question.strip()}"), read=turn == 0)
-            add(self._tokens("\n### Assistant:"))
+                add(self.tokens("\n### Human:"))
+            add(self.tokens(f" {question.strip()}"), read=turn == 0)
+            add(self.tokens("\n### Assistant:"))
             if answer is not None:
-                add([*self._tokens(f" {answer.strip()}"), self.eos], learn=True)
+                add([*self.tokens(f" {answer.strip()}"), self.eos], learn=True)
         end = start + max_tokens if max_tokens else len(ids)
         return Sample(ids[:end], labels[:end], gate[:end])
 
@@ -116,7 +116,8 @@ class ConversationFormat:
         """The answer's text, without what ends it."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).split("\n###")[0].strip()
 
-    def _tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """Ids of a piece of text, no special tokens added."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
 

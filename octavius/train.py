@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from octavius import assets, minilamm, rooms
+from octavius.align import align
 from octavius.config import Config
 from octavius.data import (
     BucketSampler,
@@ -92,20 +93,23 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     records = [r for r in records for _ in range(config.data.loop_3d if r.cloud else config.data.loop)]
     tokens = (model.image_tokens, config.data.max_tokens, True, model.cloud_tokens)
     data = InstructionData(records, model.conversation, *tokens)
-    images = [record.image for record in records if record.image]
-    if stores.pictures and images:
-        model.projector.calibrate(stores.pictures(images[:: max(1, len(images) // CALIBRATION)]))
     output = Path(config.train.output)
+    last = resume and any(output.glob("checkpoint-*"))
+    pictured = [record for record in records if record.image]
+    if stores.pictures and pictured and not last:
+        some = pictured[:: max(1, len(pictured) // CALIBRATION)]
+        model.projector.calibrate(stores.pictures([record.image for record in some if record.image]))
+        if config.train.align:
+            table = model.llm.get_input_embeddings().weight
+            align(model.projector, pictured, stores.pictures, model.conversation.tokens, table)
     if config.train.compile:
-        for layer in model.llm.base_model.layers:
-            layer.compile(dynamic=True)
+        compile_layers(model)
     trainer = OctaviusTrainer(
         model=model,
         args=training_arguments(config),
         train_dataset=data,
         data_collator=Collator(model.conversation.eos, stores.pictures, objects=stores.scenes),
     )
-    last = resume and any(output.glob("checkpoint-*"))
     result = trainer.train(resume_from_checkpoint=True if last else None)
     model.save(output)
     log = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
@@ -117,6 +121,12 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     }
     (output / "train.json").write_text(json.dumps(report, indent=1))
     return model, report
+
+
+def compile_layers(model: Octavius) -> None:
+    """Have torch.compile fuse each decoder layer, for batches of any length."""
+    for layer in model.llm.base_model.layers:
+        layer.compile(dynamic=True)
 
 
 def keep_freed_memory() -> None:

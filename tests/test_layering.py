@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOTS = {"moe_lora": ROOT / "kernels", "octavius": ROOT}
 LAYERS = (  # lowest first; modules of one layer do not import each other
     ("moe_lora.dropout", "moe_lora.routing"),
-    ("moe_lora.gate", "moe_lora.reference"),
+    ("moe_lora.gate", "moe_lora.reference", "moe_lora.cpu"),
     ("moe_lora.dispatch",),
     ("moe_lora.ops",),
     ("moe_lora.layers", "moe_lora.check"),
@@ -34,7 +34,7 @@ LAYERS = (  # lowest first; modules of one layer do not import each other
         "octavius.projector",
     ),
     ("octavius.data", "octavius.upstream3d", "octavius.pretrain_points"),
-    ("octavius.model", "octavius.scannet", "octavius.enrich"),
+    ("octavius.model", "octavius.align", "octavius.scannet", "octavius.enrich"),
     ("octavius.scene_picture",),
     ("octavius.train", "octavius.evaluate", "octavius.chat"),
     ("octavius.demo",),

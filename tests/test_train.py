@@ -206,3 +206,21 @@ def test_features_are_kept_in_the_cache(parts, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache/octavius/features").glob("*.f16"))) == 1
     _, fresh = train(run_config(parts, tmp_path / "fresh"))
     assert losses(kept) == pytest.approx(losses(fresh), rel=1e-2)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_like_eager_ones(parts, tmp_path):
+    eager, compiled = (
+        train(run_config(parts, tmp_path / str(compile), compile=compile, align=True, steps=3))[1]
+        for compile in (False, True)
+    )
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
+
+
+def test_alignment_is_where_training_starts(parts, tmp_path):
+    model, _ = train(run_config(parts, tmp_path, align=True, steps=1, learning_rate=0.0))
+    torch.manual_seed(0)
+    fresh = Octavius.from_config(model.settings)
+    table = fresh.llm.get_input_embeddings().weight
+    assert not torch.equal(model.projector.positions, fresh.projector.positions)
+    assert torch.allclose(model.projector.net[0].bias, table.mean(0), atol=1e-6)

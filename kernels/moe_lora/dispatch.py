@@ -15,11 +15,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from moe_lora import reference
+from moe_lora import cpu, reference
 from moe_lora.routing import Plan, Routing
 
 # In the order in which "auto" asks them.
-_BACKENDS: dict[str, ModuleType] = {"reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 
 @dataclass(frozen=True)

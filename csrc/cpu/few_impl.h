@@ -1,0 +1,194 @@
+// Few rows: the weight is read once, where it lies, in dot products along its rows. Included after kernels_impl.h.
+
+constexpr int kFewBlock = 16;    // weight rows that stay in L1 while all rows pass
+constexpr int64_t kDeep = 2048;  // bytes of depth of them at a time
+
+// acc[m · kFewBlock + n] (+)= sixteen partial sums of <row m, weight row n>, of M rows and N weight rows. `ahead` bytes
+// after what is read of the weight lies what will be read next.
+template <class E, int M, int N>
+__attribute__((noinline)) void dots(const E* x, int64_t x_stride, const E* w, int64_t w_stride, int64_t depth, float* c,
+                                    bool add_to, int64_t ahead) {
+  alignas(64) static const float zeros[kLanes] = {};
+  const float* start = add_to ? c : zeros;
+  const int64_t step = add_to ? kLanes : 0;
+  F acc[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) acc[m][n] = load(start + (m * kFewBlock + n) * step);
+  int64_t d = 0;
+  do {
+    U y[N];
+    for (int n = 0; n < N; ++n) {
+      y[n] = load_words(w + n * w_stride + d);
+      __builtin_prefetch((const char*)(w + n * w_stride + d) + ahead, 0, 2);
+    }
+    for (int m = 0; m < M; ++m) {
+      U z = load_words(x + m * x_stride + d);
+      for (int n = 0; n < N; ++n) acc[m][n] = dot(acc[m][n], z, y[n], E());
+    }
+    d += kLanes * kPer<E>;
+  } while (d < depth);
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) store(c + (m * kFewBlock + n) * kLanes, acc[m][n]);
+}
+
+template <class E, int N>
+void dots_rows(int rows, const E* x, int64_t xs, const E* w, int64_t ws, int64_t depth, float* c, bool add_to,
+               int64_t ahead) {
+  switch (rows) {
+    case 1: return dots<E, 1, N>(x, xs, w, ws, depth, c, add_to, ahead);
+    case 2: return dots<E, 2, N>(x, xs, w, ws, depth, c, add_to, ahead);
+    case 3: return dots<E, 3, N>(x, xs, w, ws, depth, c, add_to, ahead);
+    case 4: return dots<E, 4, N>(x, xs, w, ws, depth, c, add_to, ahead);
+    case 5: return dots<E, 5, N>(x, xs, w, ws, depth, c, add_to, ahead);
+    default: return dots<E, 6, N>(x, xs, w, ws, depth, c, add_to, ahead);
+  }
+}
+
+// One block of depth for all T rows and `count` weight rows, into acc[T][kFewBlock][16].
+template <class E>
+void dots_block(const E* x, int64_t xs, int T, const E* w, int64_t ws, int count, int64_t depth, float* acc, bool add_to,
+                int64_t ahead) {
+  const int passes = (T + kTile - 1) / kTile;
+  for (int p = 0; p < passes; ++p, ahead = 0) {
+    const int t = T * p / passes, rows = T * (p + 1) / passes - t;
+    float* c = acc + t * kFewBlock * kLanes;
+    int n = 0;
+    for (; n + 4 <= count; n += 4)
+      dots_rows<E, 4>(rows, x + t * xs, xs, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead);
+    for (; n < count; ++n)
+      dots_rows<E, 1>(rows, x + t * xs, xs, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead);
+  }
+}
+
+// The rest of the depth, less than a vector, in copies with zeros after it.
+template <class E>
+void dots_rest(const E* x, int64_t xs, int T, const E* w, int64_t ws, int count, int64_t depth, float* acc, bool add_to) {
+  constexpr int wide = kLanes * kPer<E>;
+  auto* copy = (E*)scratch(kRows, (T + count) * wide * sizeof(E));
+  std::memset((void*)copy, 0, (T + count) * wide * sizeof(E));
+  for (int t = 0; t < T; ++t) std::memcpy(copy + t * wide, x + t * xs, depth * sizeof(E));
+  for (int n = 0; n < count; ++n) std::memcpy(copy + (T + n) * wide, w + n * ws, depth * sizeof(E));
+  dots_block(copy, wide, T, copy + T * wide, wide, count, wide, acc, add_to, 0);
+}
+
+// c[T][kFewColumns] = rows · weightᵀ for `count` weight rows from row `first` on.
+template <class E>
+void base(const Few<E>& job, int64_t first, int count, float* c) {
+  auto* acc = (float*)scratch(kLora, job.T * kFewBlock * kLanes * sizeof(float));
+  const int64_t whole = job.D / (kLanes * kPer<E>) * (kLanes * kPer<E>);
+  const int64_t step = job.T > kTile ? kDeep / int64_t(sizeof(E)) : std::max<int64_t>(whole, 1);
+  const E* w = job.weight + first * job.weight_stride;
+  for (int64_t d = 0; d < whole; d += step) {
+    const int64_t depth = std::min(step, whole - d), next = d + step < whole ? step : kFewBlock * job.weight_stride - d;
+    dots_block(job.rows + d, job.stride, job.T, w + d, job.weight_stride, count, depth, acc, d > 0, next * sizeof(E));
+  }
+  if (whole < job.D)
+    dots_rest(job.rows + whole, job.stride, job.T, w + whole, job.weight_stride, count, job.D - whole, acc, whole > 0);
+  for (int t = 0; t < job.T; ++t)
+    for (int n = 0; n < count; n += 4) {
+      F four[4];
+      float out[4];
+      for (int i = 0; i < 4; ++i) four[i] = load(acc + (t * kFewBlock + std::min(n + i, count - 1)) * kLanes);
+      totals(four, out);
+      std::memcpy(c + t * kFewColumns + n, out, std::min(4, count - n) * sizeof(float));
+    }
+}
+
+inline float number(float x) { return x; }
+inline float number(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+// z[m] = x[m] · columns r .. r + 32 of a, over its rows begin .. end, for M rows
+template <class S, class E, int M>
+void few_shrink_rows(const E* const* x, const S* a, int64_t stride, int64_t begin, int64_t end, int64_t n, float* const* z) {
+  F acc[M][2];
+  const int64_t low = std::min<int64_t>(n, kLanes), high = std::max<int64_t>(n - kLanes, 0);
+  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
+  for (int64_t d = begin; d < end; ++d) {
+    const F y0 = floats(a + d * stride, low), y1 = high ? floats(a + d * stride + kLanes, high) : zero();
+    for (int m = 0; m < M; ++m) {
+      const F value = spread(number(x[m][d]));
+      acc[m][0] = multiply_add(value, y0, acc[m][0]), acc[m][1] = multiply_add(value, y1, acc[m][1]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    store_some(z[m], acc[m][0], low);
+    if (high) store_some(z[m] + kLanes, acc[m][1], high);
+  }
+}
+
+// h[split] of one expert for the rows that use it, four at a time
+template <class S, class E>
+void few_shrink_as(const Few<E>& job, int expert, int64_t split) {
+  const S* a = (const S*)job.lora_a.data + expert * job.a_expert_stride;
+  const int64_t begin = split * kSplit, end = std::min(job.D, begin + kSplit);
+  const E* x[4];
+  float *h[4], *z[4];
+  int count = 0;
+  for (int at = 0; at <= job.T * job.K; ++at) {
+    const bool last = at == job.T * job.K;
+    if (!last && job.experts[at] == expert) {
+      x[count] = job.rows + at / job.K * job.stride;
+      h[count++] = job.h + (split * job.T * job.K + at) * job.R;
+    }
+    if (count < 4 && !(last && count)) continue;
+    for (int r = 0; r < job.R; r += 2 * kLanes) {
+      for (int i = 0; i < count; ++i) z[i] = h[i] + r;
+      const int64_t n = job.R - r;
+      switch (count) {
+        case 1: few_shrink_rows<S, E, 1>(x, a + r, job.lora_a.stride, begin, end, n, z); break;
+        case 2: few_shrink_rows<S, E, 2>(x, a + r, job.lora_a.stride, begin, end, n, z); break;
+        case 3: few_shrink_rows<S, E, 3>(x, a + r, job.lora_a.stride, begin, end, n, z); break;
+        default: few_shrink_rows<S, E, 4>(x, a + r, job.lora_a.stride, begin, end, n, z);
+      }
+    }
+    count = 0;
+  }
+}
+
+template <class E>
+void few_shrink(const Few<E>& job, int expert, int64_t split) {
+  job.lora_a.is_float ? few_shrink_as<float>(job, expert, split) : few_shrink_as<E>(job, expert, split);
+}
+
+// c[T][kFewColumns] += s · lora_b, columns first .. first + columns. The used experts' columns are copied together: a
+// column's rows lie far apart, often by a power of two.
+template <class S, class E>
+void few_expand(const Few<E>& job, int64_t first, int64_t columns, float* c) {
+  constexpr int vectors = kFewColumns / kLanes;
+  auto* copies = (float*)scratch(kWeights, job.num_used * job.R * kFewColumns * sizeof(float));
+  for (int u = 0; u < job.num_used; ++u)
+    for (int r = 0; r < job.R; ++r) {
+      const S* b = (const S*)job.lora_b.data + job.used[u] * job.expert_stride + r * job.lora_b.stride + first;
+      for (int v = 0; v < vectors; ++v)
+        store(copies + (u * job.R + r) * kFewColumns + v * kLanes, floats(b + v * kLanes, columns - v * kLanes));
+    }
+  for (int t = 0; t < job.T; ++t) {
+    F acc[vectors];
+    for (int v = 0; v < vectors; ++v) acc[v] = load(c + t * kFewColumns + v * kLanes);
+    for (int k = 0; k < job.K; ++k) {
+      const int u = std::lower_bound(job.used, job.used + job.num_used, job.experts[t * job.K + k]) - job.used;
+      const float *b = copies + u * job.R * kFewColumns, *s = job.s + (int64_t(t) * job.K + k) * job.R;
+      for (int r = 0; r < job.R; ++r, b += kFewColumns) {
+        const F value = spread(s[r]);
+        for (int v = 0; v < vectors; ++v) acc[v] = multiply_add(value, load(b + v * kLanes), acc[v]);
+      }
+    }
+    for (int v = 0; v < vectors; ++v) store(c + t * kFewColumns + v * kLanes, acc[v]);
+  }
+}
+
+template <class E>
+void few_rows(const Few<E>& job, int64_t first) {
+  const int64_t columns = std::min<int64_t>(kFewColumns, job.F - first);
+  auto* c = (float*)scratch(kSums, job.T * kFewColumns * sizeof(float));
+  if (columns < kFewColumns) std::memset(c, 0, job.T * kFewColumns * sizeof(float));
+  for (int64_t n = 0; n < columns; n += kFewBlock) base(job, first + n, std::min<int64_t>(kFewBlock, columns - n), c + n);
+  job.lora_b.is_float ? few_expand<float>(job, first, columns, c) : few_expand<E>(job, first, columns, c);
+  for (int t = 0; t < job.T; ++t)
+    finish(c + t * kFewColumns, job.bias ? job.bias + first : nullptr, columns, job.out + t * job.F + first);
+}

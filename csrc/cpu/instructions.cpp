@@ -1,0 +1,33 @@
+// Which instruction sets there are, best first.
+#include "kernels.h"
+
+namespace moe_lora {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+extern const Kernels<bf16> kAvx512Bf16Half, kAvx512Half;
+extern const Kernels<float> kAvx512Bf16Single, kAvx512Single;
+
+namespace {
+bool avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+bool avx512_bf16() { return avx512() && __builtin_cpu_supports("avx512bf16"); }
+}  // namespace
+
+const InstructionSet* instruction_sets() {
+  static const InstructionSet sets[] = {
+      {"avx512_bf16", avx512_bf16, &kAvx512Bf16Half, &kAvx512Bf16Single},
+      {"avx512", avx512, &kAvx512Half, &kAvx512Single},
+      {nullptr, nullptr, nullptr, nullptr},
+  };
+  return sets;
+}
+#else
+const InstructionSet* instruction_sets() {
+  static const InstructionSet none[] = {{nullptr, nullptr, nullptr, nullptr}};
+  return none;
+}
+#endif
+
+}  // namespace moe_lora

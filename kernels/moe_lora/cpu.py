@@ -1,0 +1,65 @@
+"""The CPU backend: shrink, base and expand in native kernels (`csrc/cpu`), bf16 and float32.
+
+    z = drop(x) A_e of every expert that a tile of six rows uses;  h = z,  s = s g z       [T, K·R], rounded once
+    y = s B + x Wᵀ + bias      in the same float32 accumulators, 64 columns of W packed at a time, one rounding
+    dx = drop(dh Aᵀ) + dy W,   dA_e = Σ drop(x)ᵀ dh,  dB_e = Σ sᵀ dy over the rows of each expert, in their order
+
+Up to 16 rows without dropout are dot products along the rows of W, which is read once, where it lies. Each output
+element is summed in one order, whatever the threads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lora.routing import Plan
+
+_C: Any = None
+try:
+    import moe_lora._C as _C
+except ImportError as error:
+    _MISSING = str(error)
+
+_DTYPES = (torch.bfloat16, torch.float32)
+_FEW_ROWS = 16
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine."""
+    if _C is None:
+        return f"moe_lora._C is not built ({_MISSING}); install with MOE_LORA_BUILD=cpu"
+    return None if _C.instructions() else "the processor has none of the instruction sets of moe_lora._C"
+
+
+def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None:
+    """Why this backend cannot run this call."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not on the CPU"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, not bfloat16 or float32"
+    if plan.dropout and x.numel() >= 1 << 33:
+        return "dropout on 2**33 elements or more"
+    return None
+
+
+def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
+    """The kernel that would run, and why."""
+    T = x.shape[:-1].numel()
+    few = T <= _FEW_ROWS and not plan.dropout
+    name = "few_rows" if few else "tiles"
+    return f"{name} ({_C.instructions()})", f"T = {T} {'<=' if T <= _FEW_ROWS else '>'} {_FEW_ROWS}"
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
+    return _C.forward(x, weight, bias, lora_a, lora_b, *plan)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, h: Tensor, plan: Plan, needs: list[bool]
+) -> list[Tensor | None]:
+    """dx, dA, dB and dgates, each in its tensor's dtype, or None where `needs` says so."""
+    return _C.backward(dy, x, weight, lora_a, lora_b, h, *plan, needs)

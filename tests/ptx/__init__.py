@@ -1,0 +1,18 @@
+"""Compiled GPU kernels on the CPU: an emulator of PTX with bounds checks, race detection and a profiler's counters.
+
+`launch` runs Triton kernels (it needs triton and torch), `launch_ptx` the PTX of any compiler (it needs numpy alone).
+"""
+
+from ptx.counters import Profile
+from ptx.fault import Fault, Unknown
+from ptx.module import launch_ptx
+
+__all__ = ["Emulator", "Fault", "Profile", "Unknown", "launch", "launch_ptx"]
+
+
+def __getattr__(name: str):
+    if name in ("Emulator", "launch"):
+        from ptx import driver  # imports triton
+
+        return getattr(driver, name)
+    raise AttributeError(f"module ptx has no attribute {name}")

@@ -1,0 +1,94 @@
+"""Copies that go on while the warp computes: cp.async and its waits, mbarriers."""
+
+import numpy as np
+
+from ptx.arithmetic import instruction
+from ptx.fault import Fault, Unknown
+from ptx.memory import chosen, reach
+from ptx.operands import address, reader
+from ptx.parse import Instruction, Program
+
+
+class Queue:
+    """The cp.async of some lanes that are in flight, by lane and group."""
+
+    def __init__(self, n: int):
+        self.group = np.zeros(n, np.int64)  # that each lane fills now
+        self.flying: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []  # lane, its group, place, bytes
+
+    def start(self, lanes: np.ndarray, at: np.ndarray, size: int) -> None:
+        self.flying.append((lanes, self.group[lanes], at, size))
+
+    def wait(self, s, m, left: int, committed: bool = True) -> None:
+        """All but the last `left` groups of the lanes have landed."""
+        here = np.ones(s.n, bool) if m is None else m
+        last = self.group - left if committed else self.group + 1
+        flying, self.flying = self.flying, []
+        for lanes, group, at, size in flying:
+            done = here[lanes] & (group < last[lanes])
+            if done.any() and s.batch.shadow is not None:
+                s.batch.shadow.land(s.warp[lanes[done]], at[done], size)
+            if not done.all():
+                self.flying.append((lanes[~done], group[~done], at[~done], size))
+
+
+@instruction("cp")
+def copy(ins: Instruction, program: Program):
+    kind = ins.mods[1]
+    if ins.mods[0] != "async":
+        raise Unknown("copy")
+    if kind in ("ca", "cg"):
+        return copy_async(ins, program)
+    if kind == "commit_group":
+
+        def commit(s, m):
+            s.copies.group[slice(None) if m is None else m] += 1
+
+        return commit
+    if kind in ("wait_group", "wait_all"):
+        left = int(ins.operands[0]) if kind == "wait_group" else 0
+        return lambda s, m: s.copies.wait(s, m, left, kind == "wait_group")
+    raise Unknown("copy")
+
+
+def copy_async(ins: Instruction, program: Program):
+    """The bytes are moved at once and marked as in flight until the wait; those beyond the source size are zero."""
+    to, source = address(program, ins.operands[0]), address(program, ins.operands[1])
+    size = int(ins.operands[2], 0)
+    extra = [text for text in ins.operands[3:] if text != ""]
+    given = reader(program, extra[0], "u32") if extra and "cache_hint" not in "".join(ins.mods[-1:]) else None
+
+    def execute(s, m):
+        count = np.full(s.n, size) if given is None else np.broadcast_to(given(s), s.n).astype(np.int64)
+        if (chosen(count, m) > size).any():
+            raise Fault("operand", f"cp.async reads more than the {size} bytes it writes")
+        data = np.zeros((s.n, size), np.uint8)
+        some = (count > 0) & (True if m is None else m)
+        if some.any():
+            if (full := chosen(count, some) == size).all():
+                raw, at = reach(s, ins, "global", source(s), size, some, "read")
+                data[some] = raw[at[:, None] + np.arange(size)]
+            else:
+                copy_parts(s, ins, source(s), count, some, data)
+            del full
+        lanes = np.arange(s.n) if m is None else np.flatnonzero(m)
+        shadow, s.batch.shadow = s.batch.shadow, None
+        try:
+            raw, at = reach(s, ins, "shared", to(s), size, m, "write")
+        finally:
+            s.batch.shadow = shadow
+        if shadow is not None:
+            shadow.write(s.warp[lanes], at, size, lambda: data[lanes], landing=True)
+        raw[at[:, None] + np.arange(size)] = data[lanes]
+        s.copies.start(lanes, at, size)
+
+    return execute
+
+
+def copy_parts(s, ins, source, count, some, data) -> None:
+    """Lanes with fewer source bytes, by the byte."""
+    for i in range(data.shape[1]):
+        m = some & (count > i)
+        if m.any():
+            raw, at = reach(s, ins, "global", source + i, 1, m, "read")
+            data[m, i] = raw[at]

@@ -1,0 +1,238 @@
+"""Who may see what: logical clocks, and a shadow of every shared and global word.
+
+Each warp has a clock, and for each other warp of its block the last clock value it has heard of, through a barrier.
+An access is a race if an earlier access to the same word, one of the two a write, was made by another warp at a time
+this one has not heard of. That holds in every order of execution: no luck of the schedule is needed. Blocks are treated
+alike for global memory; they hear of each other through atomics of a single lane.
+"""
+
+import numpy as np
+
+from ptx.fault import Fault
+
+
+class Clocks:
+    """`now[i]` of warp i (block · warps + warp) and `seen[i, w]`, what it knows of warp w of its block."""
+
+    def __init__(self, blocks: int, warps: int):
+        self.blocks, self.warps = blocks, warps
+        self.now = np.ones(blocks * warps, np.int32)
+        self.seen = np.zeros((blocks * warps, warps), np.int32)
+        self.fenced = np.zeros((blocks * warps, warps), np.int32)  # what `fence.proxy.async` has made visible
+        self.tick(slice(None))
+
+    def tick(self, who) -> None:
+        self.seen[np.arange(len(self.now))[who], np.arange(len(self.now))[who] % self.warps] = self.now[who]
+
+    def barrier(self, block: int | slice, warps) -> None:
+        """The given warps of a block (or all of some blocks) have met."""
+        seen = self.seen.reshape(self.blocks, self.warps, self.warps)
+        if isinstance(block, slice):
+            seen[block] = seen[block].max(1, keepdims=True)
+            self.now.reshape(self.blocks, self.warps)[block] += 1
+            self.tick(slice(None))
+        else:
+            seen[block, warps] = seen[block, warps].max(0)
+            who = block * self.warps + np.asarray(warps)
+            self.now[who] += 1
+            self.tick(who)
+
+    def fence(self, who: np.ndarray) -> None:
+        """Writes so far, own and heard of, are visible to asynchronous readers; later own ones are not."""
+        self.fenced[who] = self.seen[who]
+        self.now[who] += 1
+        self.tick(who)
+
+
+class SharedShadow:
+    """The last writer, the readers and the copies in flight of each granule (the narrowest access of the kernel)."""
+
+    def __init__(self, clocks: Clocks, memory: np.ndarray, granule: int):
+        n = len(memory) // granule
+        self.clocks, self.memory, self.granule = clocks, memory, granule
+        self.writer = np.full(n, -1, np.int16)  # warp of the block
+        self.written = np.zeros(n, np.int32)  # its clock
+        self.read_at = np.zeros((clocks.warps, n), np.int32)  # last clock at which each warp read
+        self.atomic = np.zeros(n, bool)  # the last write was an atomic
+        self.landing = np.zeros(n, bool)  # an asynchronous copy is in flight
+        self.held = np.zeros(n, np.int32)  # asynchronous reads in flight (wgmma, bulk stores)
+
+    def granules(self, at: np.ndarray, size: int) -> np.ndarray:
+        first = at // self.granule
+        k = size // self.granule
+        return first[..., None] + np.arange(k) if k > 1 else first[..., None]
+
+    def read(self, warp: np.ndarray, at: np.ndarray, size: int, proxy: bool = False) -> None:
+        """Warps read bytes [at, at + size) of the flat shared memory; `proxy`: asynchronously, as wgmma does."""
+        g, clocks = self.granules(at, size), self.clocks
+        writer = self.writer[g]
+        if self.landing[g].any():
+            raise Fault(
+                "asynchronous copy",
+                "shared memory is read before the wait for the copy that fills it" + self.where(g, self.landing[g]),
+            )
+        if (writer < 0).any():
+            raise Fault("uninitialised", "shared memory is read that nobody wrote" + self.where(g, writer < 0))
+        bad = self.written[g] > clocks.seen[warp[:, None], writer]
+        if bad.any():
+            raise Fault(
+                "race",
+                "a warp reads shared memory that another wrote, with no barrier between" + self.who(g, bad, warp),
+            )
+        if proxy:
+            own = clocks.fenced[(warp // clocks.warps * clocks.warps)[:, None] + writer, writer]
+            bad = self.written[g] > np.maximum(own, clocks.fenced[warp[:, None], writer])
+            if bad.any():
+                raise Fault(
+                    "race",
+                    "an asynchronous read follows a write with no fence.proxy.async between" + self.who(g, bad, warp),
+                )
+        self.read_at[(warp % clocks.warps)[:, None], g] = clocks.now[warp][:, None]
+
+    def write(self, warp: np.ndarray, at: np.ndarray, size: int, values=None, atomic=False, landing=False) -> None:
+        """Warps write; `values()` are the bytes of each lane: warps may write one value to one place."""
+        g, clocks = self.granules(at, size), self.clocks
+        if (bad := self.landing[g]).any():
+            text = "shared memory is written while a copy into it is in flight"
+            raise Fault("asynchronous copy", text + self.where(g, bad))
+        if (bad := self.held[g] > 0).any():
+            raise Fault(
+                "race", "shared memory is written while an asynchronous instruction reads it" + self.where(g, bad)
+            )
+        seen, writer = clocks.seen[warp], self.writer[g]
+        bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
+        if atomic:
+            bad &= ~self.atomic[g]
+            if (writer < 0).any():
+                raise Fault(
+                    "uninitialised", "an atomic meets shared memory that nobody wrote" + self.where(g, writer < 0)
+                )
+        if bad.any() and self.changes(at, size, values, bad.any(1)):
+            text = "two warps write one place of shared memory, with no barrier between"
+            raise Fault("race", text + self.who(g, bad, warp))
+        bad = (self.read_at[:, g] > seen.T[:, :, None]).any(0)
+        if bad.any():
+            text = "a warp writes shared memory that another read, with no barrier between"
+            raise Fault("race", text + self.who(g, bad, warp))
+        mine = np.broadcast_to((warp % clocks.warps)[:, None], g.shape)
+        self.writer[g] = mine
+        if not atomic and (bad := self.writer[g] != mine).any() and self.disagree(at, size, values):
+            text = "two warps write one place of shared memory in one instruction"
+            raise Fault("race", text + self.where(g, bad))
+        self.written[g] = clocks.now[warp][:, None]
+        self.atomic[g] = atomic
+        self.landing[g] = landing
+
+    def changes(self, at: np.ndarray, size: int, values, lanes: np.ndarray) -> bool:
+        if values is None:
+            return True
+        return bool((self.memory[at[lanes][:, None] + np.arange(size)] != values()[lanes]).any())
+
+    def disagree(self, at: np.ndarray, size: int, values) -> bool:
+        """Lanes that write one place have different values there."""
+        if values is None:
+            return True
+        place, value = at[:, None] + np.arange(size), values()
+        self.memory[place] = value
+        return bool((self.memory[place] != value).any())
+
+    def land(self, warp: np.ndarray, at: np.ndarray, size: int) -> None:
+        """An asynchronous copy has arrived, and its warp knows."""
+        g = self.granules(at, size)
+        self.landing[g] = False
+        self.written[g] = self.clocks.now[warp][:, None]
+
+    def hold(self, places: np.ndarray) -> None:
+        """An asynchronous instruction of one warp begins to read granules."""
+        self.held[places] += 1
+
+    def release(self, warp: int, places: np.ndarray) -> None:
+        """It has read them, and its warp knows: others must hear of it before they write."""
+        self.held[places] -= 1
+        self.read_at[warp % self.clocks.warps, places] = self.clocks.now[warp]
+
+    def where(self, g: np.ndarray, bad: np.ndarray) -> str:
+        size = len(self.writer) * self.granule // self.clocks.blocks
+        return f" (shared byte {int(g[bad][0]) * self.granule % size})"
+
+    def who(self, g: np.ndarray, bad: np.ndarray, warp: np.ndarray) -> str:
+        w = np.broadcast_to((warp % self.clocks.warps)[:, None], g.shape)[bad][0]
+        return self.where(g, bad) + f": warp {int(w)}; last written by warp {int(self.writer[g][bad][0])}"
+
+
+class GlobalShadow:
+    """The last block that wrote, and that read, each granule of global memory, and what blocks know of each other."""
+
+    def __init__(self, blocks: int, size: int, granule: int):
+        n = size // granule + 1
+        self.granule, self.blocks = granule, blocks
+        self.writer, self.written = np.zeros(n, np.int32), np.zeros(n, np.int32)  # block + 1, its clock; 0: nobody
+        self.reader, self.read_at = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        self.shared = np.zeros(n, bool)  # more than one block has read it
+        self.atomic = np.zeros(n, bool)
+        self.now = np.ones(blocks, np.int32)
+        self.seen: dict[int, np.ndarray] = {}  # block: what it knows of all others
+        self.signals: dict[int, np.ndarray] = {}  # address of an atomic: what its last releases knew
+
+    def synchronise(self, block: int, address: int) -> None:
+        """A single-lane atomic: the block hears of all who came before it here, and tells all who come after."""
+        mine = self.seen.setdefault(block, np.zeros(self.blocks, np.int32))
+        mine[block] = self.now[block]
+        if address in self.signals:
+            np.maximum(mine, self.signals[address], out=mine)
+        self.signals[address] = mine.copy()
+        self.now[block] += 1
+
+    def unknown(self, block: np.ndarray, other: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Accesses by `other` (block + 1, 0 for none) at their clock `at` that `block` has not heard of."""
+        bad = (other != 0) & (other != block + 1)
+        if self.seen and bad.any():
+            for i in zip(*np.nonzero(bad), strict=True):
+                known = self.seen.get(int(np.broadcast_to(block, bad.shape)[i]))
+                bad[i] = known is None or at[i] > known[other[i] - 1]
+        return bad
+
+    def granules(self, at: np.ndarray, size: int) -> np.ndarray:
+        return (at // self.granule)[:, None] + np.arange(max(size // self.granule, 1))
+
+    def read(self, block: np.ndarray, at: np.ndarray, size: int) -> None:
+        g, block = self.granules(at, size), block[:, None]
+        bad = self.unknown(block, self.writer[g], self.written[g])
+        if bad.any():
+            raise Fault(
+                "blocks",
+                self.who(
+                    "a block reads what another wrote, with nothing between to order them", g, bad, block, self.writer
+                ),
+            )
+        self.shared[g] |= (self.reader[g] != 0) & (self.reader[g] != block + 1)
+        self.reader[g] = block + 1
+        self.read_at[g] = self.now[block]
+
+    def write(self, block: np.ndarray, at: np.ndarray, size: int, atomic: bool = False) -> None:
+        g, block = self.granules(at, size), block[:, None]
+        bad = self.unknown(block, self.writer[g], self.written[g])
+        if atomic:
+            bad &= ~self.atomic[g]
+        if bad.any():
+            raise Fault("blocks", self.who("two blocks write one address", g, bad, block, self.writer))
+        bad = self.unknown(block, self.reader[g], self.read_at[g])
+        if not self.seen:
+            bad |= self.shared[g]
+        if bad.any():
+            raise Fault(
+                "blocks",
+                self.who(
+                    "a block writes what another read, with nothing between to order them", g, bad, block, self.reader
+                ),
+            )
+        mine = np.broadcast_to(block + 1, g.shape)
+        self.writer[g] = mine
+        if not atomic and (bad := self.writer[g] != mine).any():
+            raise Fault("blocks", self.who("two blocks write one address", g, bad, block, self.writer))
+        self.written[g] = self.now[block]
+        self.atomic[g] = atomic
+
+    def who(self, text: str, g: np.ndarray, bad: np.ndarray, block: np.ndarray, other: np.ndarray) -> str:
+        mine = int(np.broadcast_to(block, g.shape)[bad][0])
+        return f"{text} (block {mine}, after block {int(other[g][bad][0]) - 1})@{int(g[bad][0]) * self.granule}"

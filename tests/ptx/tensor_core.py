@@ -1,0 +1,279 @@
+"""Matrix instructions: fragments of mma and ldmatrix, wgmma with its descriptors.
+
+Products are exact and summed in float64, and the result is rounded once to the accumulator's type. Hardware aligns the
+products of one instruction and truncates; its results differ in the last bits of float32.
+"""
+
+import re
+
+import numpy as np
+
+from ptx.arithmetic import instruction
+from ptx.fault import Fault, Unknown
+from ptx.formats import DTYPE, U, from_bf16, from_fp8
+from ptx.operands import address, reader, typed, untyped, writer
+from ptx.parse import Instruction, Program, bits, split
+
+LANE = np.arange(32)
+GROUP, QUAD = LANE // 4, LANE % 4  # row and column pair of a lane in an 8 × 8 matrix
+
+
+def decode(raw: np.ndarray, type: str) -> np.ndarray:
+    """Elements of an operand as exact numbers."""
+    if type == "bf16":
+        return from_bf16(raw)
+    if type == "tf32":
+        return (raw & np.uint32(0xFFFFE000)).view(np.float32)
+    if type in ("e4m3", "e5m2"):
+        return from_fp8(raw, type)
+    return raw.view(DTYPE[type])
+
+
+@instruction("ldmatrix", "stmatrix")
+def matrix_rows(ins: Instruction, program: Program):
+    """8 × 8 matrices of 16-bit elements: lane 8j + i gives the address of row i of matrix j."""
+    load = ins.name == "ldmatrix"
+    if "m8n8" not in ins.mods or ins.type != "b16":
+        raise Unknown("matrix shape")
+    regs, place = (0, 1) if load else (1, 0)
+    names = split(ins.operands[regs].strip("{}"))
+    where, count, transpose = address(program, ins.operands[place]), len(names), "trans" in ins.mods
+    writes = [writer(program, name, "b32") for name in names] if load else []
+    reads = [] if load else [reader(program, name, "b32") for name in names]
+
+    def execute(s, m):
+        lanes = np.arange(s.n) if m is None else np.flatnonzero(m)
+        addr = where(s)[lanes].reshape(-1, 32)[:, : 8 * count]
+        rows = lanes.reshape(-1, 32)[:, : 8 * count]
+        if load:
+            at = row_access(s, ins, addr, rows, "read")
+        else:
+            pairs = np.stack([np.broadcast_to(read(s), s.n)[lanes].reshape(-1, 32) for read in reads], 1)
+            x = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, count, 8, 8)
+            x = np.ascontiguousarray(x.swapaxes(2, 3) if transpose else x)
+            at = row_access(s, ins, addr, rows, "write", lambda: x.view(np.uint8).reshape(-1, 16))
+        half = s.batch.shared.view(np.uint16)
+        index = (at // 2).reshape(-1, count, 8)[..., None] + np.arange(8)
+        if load:
+            x = half[index]
+            x = x.swapaxes(2, 3) if transpose else x
+            pairs = np.ascontiguousarray(x).view(np.uint32).reshape(-1, count, 32)
+            for j, write in enumerate(writes):
+                write(s, spread(s, pairs[:, j], m), m)
+        else:
+            half[index] = x
+
+    return execute
+
+
+def spread(s, rows: np.ndarray, m) -> np.ndarray:
+    """[warps that take part, 32] to [lanes]."""
+    if m is None:
+        return np.ascontiguousarray(rows).reshape(-1)
+    full = np.zeros(s.n, rows.dtype)
+    full[m] = rows.reshape(-1)
+    return full
+
+
+def row_access(s, ins, addr: np.ndarray, lanes: np.ndarray, kind: str, values=None) -> np.ndarray:
+    """Check and record rows of 16 bytes, [warps, rows]; returns their places in the flat shared memory."""
+    if (addr & 15).any():
+        raise Fault("misaligned", "a matrix row in shared memory is not aligned to 16 bytes")
+    if (addr < 0).any() or (addr + 16 > s.batch.shared_bytes).any():
+        raise Fault("out of bounds", f"shared memory has {s.batch.shared_bytes} bytes, matrix row at {int(addr.max())}")
+    s.launch.profile.count_rows(ins, addr, kind)
+    at = addr + s.shared_base[lanes]
+    if s.batch.shadow is not None:
+        warp, flat = s.warp[lanes].reshape(-1), at.reshape(-1)
+        if kind == "read":
+            s.batch.shadow.read(warp, flat, 16)
+        else:
+            s.batch.shadow.write(warp, flat, 16, values)
+    return at
+
+
+def fragment(kind: str, columns: int, per: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each element of an operand in registers, [registers, 32 lanes, elements of a register].
+
+    A (16 rows): register i holds rows GROUP + 8·(i mod 2), columns from 4·per·(i div 2). B is a transpose, of 8 rows.
+    """
+    chunk = 4 * per
+    count = (2 if kind == "a" else 1) * columns // chunk
+    i = np.arange(count)[:, None, None]
+    element = np.arange(per)
+    down = i % 2 if kind == "a" else 0 * i
+    across = i // 2 if kind == "a" else i
+    row, column = np.broadcast_arrays(
+        GROUP[None, :, None] + 8 * down, QUAD[None, :, None] * per + element + chunk * across
+    )
+    return row, column
+
+
+def gather(s, reads, type: str, lanes: np.ndarray, place, shape) -> np.ndarray:
+    """Registers of the warps to matrices [warps, rows, columns] in float64 (int64 for integers)."""
+    raw = np.stack([np.broadcast_to(read(s), s.n)[lanes].reshape(-1, 32) for read in reads], 1)
+    each = 32 if type == "tf32" else bits(type)
+    values = decode(np.ascontiguousarray(raw).view(U[each]).reshape(raw.shape[0], len(reads), 32, 32 // each), type)
+    out = np.zeros((len(raw), *shape), np.int64 if values.dtype.kind in "iu" else np.float64)
+    out[:, place[0], place[1]] = values
+    return out
+
+
+@instruction("mma")
+def multiply_fragments(ins: Instruction, program: Program):
+    """mma.sync m16n8kK: D = A B + C."""
+    m16, n8, depth = map(int, re.search(r"m(\d+)n(\d+)k(\d+)", ".".join(ins.mods)).groups())
+    td, ta, tb, tc = ins.mods[-4:]
+    if (m16, n8) != (16, 8) or "sp" in ins.mods[0] or td not in ("f32", "f16", "s32") or "col" not in ins.mods:
+        raise Unknown("mma shape or type")
+    a, b, c = ([reader(program, name, "b32") for name in split(text[1:-1])] for text in ins.operands[1:4])
+    writes = [writer(program, name, "b32") for name in split(ins.operands[0][1:-1])]
+    pa = fragment("a", depth, 32 // (32 if ta == "tf32" else bits(ta)))
+    pb = fragment("b", depth, 32 // (32 if tb == "tf32" else bits(tb)))[::-1]
+    pc, pd = (fragment("a", 8, 32 // bits(t)) if bits(t) == 16 else accumulator(2) for t in (tc, td))
+    label, work = f"{ta} mma", 2 * 16 * 8 * depth
+
+    def execute(s, m):
+        lanes = np.arange(s.n) if m is None else np.flatnonzero(m)
+        product = gather(s, a, ta, lanes, pa, (16, depth)) @ gather(s, b, tb, lanes, pb, (depth, 8))
+        total = product + gather(s, c, tc, lanes, pc, (16, 8))
+        if td == "s32" and "satfinite" in ins.mods:
+            total = np.clip(total, -(1 << 31), (1 << 31) - 1)
+        raw = untyped(total[:, pd[0], pd[1]].astype(DTYPE[td]), td)
+        raw = np.ascontiguousarray(raw).view(np.uint32)[..., 0]
+        for i, write in enumerate(writes):
+            write(s, spread(s, raw[:, i], m), m)
+        s.launch.profile.flops[label] += work * (len(lanes) // 32)
+
+    return execute
+
+
+def accumulator(pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of 32-bit accumulators, [registers, 32, 1]; register 2j + h: 2·QUAD + h, GROUP + 8·(j mod 2)."""
+    i = np.arange(2 * pairs)[:, None, None]
+    row, column = np.broadcast_arrays(GROUP[:, None] + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * QUAD[:, None] + i % 2)
+    return row, column
+
+
+class Products:
+    """Products of wgmma in flight: their warps, the group of each warp, their registers, the places they read."""
+
+    def __init__(self, n: int):
+        self.group = np.zeros(n // 32, np.int64)  # that each warp fills now
+        self.results: dict[int, np.ndarray] = {}  # register: what it will hold
+        self.flying: list[tuple[np.ndarray, np.ndarray, list[int], dict[int, list[np.ndarray]]]] = []
+
+    def wait(self, s, m, left: int) -> None:
+        """All but the last `left` groups of the warps are done: their registers hold the result."""
+        here = np.ones(s.n // 32, bool) if m is None else m.reshape(-1, 32).any(1)
+        flying, self.flying = self.flying, []
+        for warps, group, registers, held in flying:
+            done = here[warps] & (group < self.group[warps] - left)
+            for warp in warps[done]:
+                for places in held.pop(int(warp), []):
+                    s.batch.shadow.release(int(s.warp[32 * warp]), places)
+            if not done.all():
+                self.flying.append((warps[~done], group[~done], registers, held))
+        busy: dict[int, np.ndarray] = {}
+        for warps, _, registers, _ in self.flying:
+            for index in registers:
+                busy.setdefault(index, np.zeros(len(here), bool))[warps] = True
+        for index, value in list(self.results.items()):
+            ready = np.repeat(here & ~busy.get(index, np.zeros(len(here), bool)), 32)
+            s.R[index] = np.where(ready, value, s.R[index])
+        if not self.flying:
+            self.results.clear()
+
+
+@instruction("wgmma")
+def warpgroup(ins: Instruction, program: Program):
+    if ins.mods[0] == "fence":
+        return lambda s, m: None
+    if ins.mods[0] == "commit_group":
+
+        def commit(s, m):
+            s.products.group[slice(None) if m is None else m.reshape(-1, 32).any(1)] += 1
+
+        return commit
+    if ins.mods[0] == "wait_group":
+        left = int(ins.operands[0])
+        return lambda s, m: s.products.wait(s, m, left)
+    return WarpgroupProduct(ins, program)
+
+
+class WarpgroupProduct:
+    """wgmma.mma_async m64nNkK: four warps multiply 64 rows; operands in shared memory, A may be in registers."""
+
+    def __init__(self, ins: Instruction, program: Program):
+        _, self.n, self.k = map(int, re.search(r"m(\d+)n(\d+)k(\d+)", ".".join(ins.mods)).groups())
+        self.ins, (self.td, self.ta, self.tb) = ins, ins.mods[-3:]
+        self.element = 32 // self.k
+        if self.td not in ("f32", "s32") or self.ta not in ("bf16", "f16", "tf32", "e4m3", "e5m2", "s8"):
+            raise Unknown("wgmma type")
+        names = split(ins.operands[0][1:-1])
+        self.d = [program.registers[name][0] for name in names]
+        in_registers = ins.operands[1][0] == "{"
+        self.a = [reader(program, t, "b32") for t in split(ins.operands[1][1:-1])] if in_registers else None
+        self.desc_a = None if in_registers else reader(program, ins.operands[1], "b64")
+        self.desc_b, self.keep = reader(program, ins.operands[2], "b64"), reader(program, ins.operands[3], "pred")
+        flags = [int(t) for t in ins.operands[4:]] + [1, 1][len(ins.operands[4:]) :]
+        self.signs = flags[:2]
+        self.trans_a, self.trans_b = (0, *flags[2:3], 0)[:2] if in_registers else (*flags[2:4], 0, 0)[:2]
+        self.pa, self.pd = fragment("a", self.k, 4 // self.element), accumulator(len(names) // 2)
+
+    def __call__(self, s, m) -> None:
+        lanes = (np.arange(s.n) if m is None else np.flatnonzero(m)).reshape(-1, 32)
+        held: dict[int, list[np.ndarray]] = {}
+        b = self.operand(s, lanes, self.desc_b, np.arange(self.n)[None], self.trans_b, self.tb, held)
+        if self.a:
+            a = gather(s, self.a, self.ta, lanes.reshape(-1), self.pa, (16, self.k))
+        else:
+            rows = 16 * (s.warp[lanes[:, :1]] % s.batch.warps_each % 4) + np.arange(16)
+            a = self.operand(s, lanes, self.desc_a, rows, self.trans_a, self.ta, held)
+        product = (self.signs[0] * a) @ (self.signs[1] * b).swapaxes(1, 2)
+        values = product[:, self.pd[0][..., 0], self.pd[1][..., 0]].swapaxes(0, 1)
+        keep, pending = np.broadcast_to(self.keep(s), s.n), s.products.results
+        poison = np.uint32(0x7FC0DEAD)
+        for index, value in zip(self.d, values, strict=True):
+            before = pending.get(index, s.R[index])
+            busy = s.R[index] == poison  # a result in flight, onto which hardware adds in order
+            old = typed(np.where(busy, before, s.R[index]), self.td)
+            total = np.where(keep, old, 0).astype(value.dtype) + spread(s, value, m)
+            total = untyped(total.astype(DTYPE[self.td]), self.td)
+            pending[index] = total if m is None else np.where(m, total, before)
+            s.R[index] = np.full(s.n, poison) if m is None else np.where(m, poison, s.R[index])
+        warps = lanes[:, 0] // 32
+        s.products.flying.append((warps, s.products.group[warps], self.d, held))
+        s.launch.profile.flops[f"{self.ta} mma"] += 2 * 16 * self.n * self.k * len(warps)
+
+    def operand(self, s, lanes, descriptor, rows, trans: int, type: str, held: dict) -> np.ndarray:
+        """[warps, rows, K] elements named by descriptors: start, two offsets, swizzle of 128, 64 or 32 bytes."""
+        d = np.broadcast_to(descriptor(s), s.n)[lanes[:, 0]]
+        mode, d = d >> np.uint64(62), d.astype(np.int64)[:, None, None]
+        start, leading, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
+        if (mode != mode[0]).any() or mode[0] == 0:
+            raise Unknown("wgmma without swizzle")
+        span = {1: 128, 2: 64, 3: 32}[int(mode[0])]
+        i, k = np.broadcast_to(rows, (len(d), rows.shape[1]))[..., None], np.arange(self.k)[None, None]
+        per = span // self.element
+        if trans:
+            at = start + k // 8 * stride + k % 8 * span + i // per * leading + i % per * self.element
+        else:
+            at = start + i // 8 * stride + i % 8 * span + k * self.element
+        at ^= at >> 3 & (span - 16)
+        if (at + self.element > s.batch.shared_bytes).any():
+            raise Fault(
+                "out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes"
+            )
+        at = at + s.shared_base[lanes[:, 0]][:, None, None]
+        if s.batch.shadow is not None:
+            self.record(s, lanes[:, 0], at.reshape(len(d), -1), held)
+        return decode(s.batch.shared.view(U[8 * self.element])[at // self.element], type).astype(np.float64)
+
+    def record(self, s, lane: np.ndarray, at: np.ndarray, held: dict) -> None:
+        shadow = s.batch.shadow
+        shadow.read(np.repeat(s.warp[lane], at.shape[1]), at.reshape(-1), self.element, proxy=True)
+        for i, first in enumerate(lane):
+            places = shadow.granules(at[i], self.element).reshape(-1)
+            shadow.hold(places)
+            held.setdefault(int(first) // 32, []).append(places)

@@ -1,0 +1,193 @@
+"""The native CPU backend against the float64 oracle: every kernel, every instruction set that runs here."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import moe_lora
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_lora import cpu
+from moe_lora.check import Case, make
+
+from tests.tolerance import assert_right
+
+needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+INSTRUCTIONS = cpu._C.all_instructions() if cpu._C else ["none"]
+CASES = (
+    Case((5, 5, 5), 13, 9, 4, 2, 3),
+    Case((91, 91), 70, 130, 4, 2, 32),
+    Case((91, 91), 71, 130, 4, 2, 32, dropout=0.3),
+    Case((50,), 600, 65, 4, 2, 17, bias=False),
+    Case((1,), 600, 65, 4, 2, 17),
+    Case((1,) * 31, 1100, 17, 4, 2, 40),
+    Case((1,) * 100, 64, 64, 8, 2, 8),
+    Case((1,) * 40, 33, 20, 32, 8, 1, dropout=0.1),
+    Case((300,), 20, 16, 1, 1, 4),
+    Case((4, 4), 8, 8, 4, 2, 2, experts=((1, 1), (1, 1))),
+    Case((90, 90), 8, 8, 4, 2, 2, experts=((3, 3), (3, 3))),
+    Case((3, 0, 60, 1), 40, 90, 4, 2, 5, packed=True),
+    Case((0, 20, 0), 13, 9, 4, 2, 3, dropout=0.3, packed=True),
+)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def call(case, inputs, **change):
+    return moe_lora.linear(*inputs._replace(**change)[:6], 0.7, case.dropout, inputs.seed, "cpu")
+
+
+def outputs(case, inputs):
+    y = call(case, inputs)
+    return [y, *torch.autograd.grad(y, list(inputs.leaves().values()), inputs.dy)]
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request):
+    before = cpu._C.instructions()
+    cpu._C.use_instructions(request.param)
+    yield request.param
+    cpu._C.use_instructions(before)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_and_gradients_match_oracle(case, dtype, instructions, nan_empty):
+    assert_right(case, make(case, dtype), "cpu")
+
+
+@needs_native
+@pytest.mark.parametrize("master", [torch.bfloat16, torch.float64], ids=str)
+def test_cpu_takes_any_master_dtype(master):
+    for case in (CASES[1], CASES[4]):
+        inputs = make(case, torch.bfloat16, master)
+        _, _, da, db, _ = outputs(case, inputs)
+        assert da.dtype == db.dtype == master
+        assert_right(case, inputs, "cpu")
+
+
+@needs_native
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[6]], ids=str)
+def test_cpu_gives_the_same_bits_for_every_thread_count(case):
+    inputs, found = make(case, torch.bfloat16), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        found.append(outputs(case, inputs))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_native
+def test_cpu_rows_do_not_depend_on_their_neighbours():
+    case = Case((40, 40), 100, 70, 4, 2, 8, experts=((0, 1), (1, 2)))
+    inputs = make(case, torch.bfloat16)
+    clean = outputs(case, inputs)
+    with torch.no_grad():
+        inputs.x[0, 3, 2] = float("nan")
+        inputs.x[0, 39, 2] = float("inf")
+    y, dx, da, _, dgates = outputs(case, inputs)
+    assert y[0, 3].isnan().all() and torch.equal(y[0, 4:39], clean[0][0, 4:39]) and torch.equal(y[1], clean[0][1])
+    assert torch.equal(dx[1], clean[1][1]) and torch.equal(dgates[1], clean[4][1]) and da[2:].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(2, 2), (30, 30)], ids=str)
+def test_cpu_strided_tensors(dtype, lengths):
+    case = Case(lengths, 37, 21, 4, 2, 3)
+    inputs = make(case, dtype)
+    want = outputs(case, inputs)
+    wide = torch.full((2, lengths[0], 50), float("nan"), dtype=dtype)
+    wide[..., 5:42] = inputs.x.detach()
+    changed = inputs._replace(
+        x=wide[..., 5:42].requires_grad_(),
+        weight=inputs.weight.t().contiguous().t(),
+        lora_a=inputs.lora_a.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        lora_b=inputs.lora_b.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_(),
+        dy=inputs.dy.transpose(0, 1).contiguous().transpose(0, 1),
+    )
+    for got, expected in zip(outputs(case, changed), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+@needs_native
+def test_cpu_called_by_many_threads_at_once():
+    case = Case((91, 91), 200, 130, 4, 2, 16)
+    inputs = make(case, torch.bfloat16)
+    want, wrong = outputs(case, inputs), []
+
+    def work():
+        for _ in range(20):
+            wrong.extend(not torch.equal(a, b) for a, b in zip(outputs(case, inputs), want, strict=True))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 4 * 20 * 5 and not any(wrong)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_cpu_random_shapes_match_oracle(data):
+    E = data.draw(st.integers(1, 6))
+    K = data.draw(st.integers(1, E))
+    packed = data.draw(st.booleans())
+    N = data.draw(st.integers(1, 4))
+    some = st.lists(st.integers(0, 20), min_size=N, max_size=N)
+    lengths = data.draw(some) if packed else [data.draw(st.integers(1, 24))] * N
+    D, F, R = data.draw(st.tuples(st.integers(1, 80), st.integers(1, 80), st.integers(1, 20)))
+    experts = data.draw(st.lists(st.tuples(*[st.integers(0, E - 1)] * K), min_size=N, max_size=N))
+    dropout = data.draw(st.sampled_from([0.0, 0.4]))
+    case = Case(tuple(lengths), D, F, E, K, R, dropout, packed, experts=tuple(experts))
+    assert_right(case, make(case, data.draw(st.sampled_from(DTYPES))), "cpu")
+
+
+@needs_native
+def test_cpu_after_fork():
+    code = """
+import os, torch, moe_lora
+from moe_lora.check import Case, make
+torch.set_num_threads(1)
+case = Case((91, 91), 70, 130, 4, 2, 32)
+inputs = make(case, torch.bfloat16)
+run = lambda: moe_lora.linear(*inputs[:6], backend="cpu")
+want = run()
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(run(), want) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=os.environ | {"PYTHONPATH": _path()})
+
+
+def _path():
+    return os.pathsep.join(path for path in sys.path if path)
+
+
+@needs_native
+def test_cpu_refuses_what_it_cannot_run():
+    x, weight, bias, lora_a, lora_b, routing = make(CASES[0], torch.float16)[:6]
+    with pytest.raises(ValueError, match=r"cannot run this call: x is torch\.float16"):
+        moe_lora.linear(x, weight, bias, lora_a, lora_b, routing, backend="cpu")
+    assert moe_lora.explain(x, weight, lora_a, routing).backend == "reference"
+
+
+def test_cpu_without_extension_or_instructions_leaves_it_to_the_reference(monkeypatch):
+    x, weight, bias, lora_a, lora_b, routing = make(CASES[0], torch.bfloat16)[:6]
+    monkeypatch.setattr(cpu, "_C", None)
+    monkeypatch.setattr(cpu, "_MISSING", "No module named 'moe_lora._C'", raising=False)
+    reason = moe_lora.backends()["cpu"]
+    assert reason is not None and "MOE_LORA_BUILD" in reason
+    assert moe_lora.linear(x, weight, bias, lora_a, lora_b, routing).isfinite().all()
+    monkeypatch.setattr(cpu, "_C", type("C", (), {"instructions": staticmethod(lambda: None)}))
+    reason = moe_lora.backends()["cpu"]
+    assert reason is not None and "instruction sets" in reason
+    assert moe_lora.explain(x, weight, lora_a, routing).backend == "reference"
