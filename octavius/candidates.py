@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from sklearn.cluster import DBSCAN
 
 from octavius.points import PointCloud
@@ -115,7 +115,7 @@ def propose(cloud: PointCloud, seed: int = 0) -> Boxes:
     rest = remove_planes(voxels(cloud.xyz, size), voxels(cloud.xyz, 2.5 * size), 1.5 * size, rng)
     boxes = []
     if len(rest) >= MIN_POINTS:
-        fourth = cKDTree(rest).query(rest, 5)[0][:, 4]
+        fourth = KDTree(rest).query(rest, 5)[0][:, 4]
         eps = max(3 * size, 1.5 * float(np.median(fourth)))
         labels = DBSCAN(eps=eps, min_samples=4).fit_predict(rest)
         fewest = max(MIN_POINTS, len(rest) // 500)

@@ -60,8 +60,9 @@ def read_scans(
         if not items:
             raise ValueError(f"{root / name}: must hold at least one object besides walls and floor")
         ids = np.array([item.id for item in items], np.int32)
-        rgb = {} if cloud.rgb is None else {"rgb": np.round(cloud.rgb * 255).astype(np.uint8)}
-        np.savez(clouds / f"{name}.npz", xyz=cloud.xyz, boxes=np.stack(boxes), ids=ids, **rgb)
+        grey = np.full_like(cloud.xyz, 0.5) if cloud.rgb is None else cloud.rgb
+        rgb = np.round(grey * 255).astype(np.uint8)
+        np.savez(clouds / f"{name}.npz", xyz=cloud.xyz, rgb=rgb, boxes=np.stack(boxes), ids=ids)
         room: Box = tuple(float(value) for value in cloud.box)  # type: ignore[assignment]
         asked = (questions or {}).get(name, [])
         found.append(Scene(name, f"{clouds.name}/{name}.npz", room, items, asked))
