@@ -66,7 +66,8 @@ def main() -> None:
     torch.manual_seed(0)
     config = load_config("demo")
     ours = Octavius.from_config(config.model)
-    records, store = load_data(ours, config, "train.json")
+    records, (store, _) = load_data(ours, config, "train.json")
+    assert store is not None
     data = InstructionData(records, ours.conversation, store.tower.tokens, config.data.max_tokens)
     order = torch.randperm(len(data))[: options.steps * options.batch].tolist()
     samples = sorted((data[index] for index in order), key=lambda sample: len(sample["input_ids"]))

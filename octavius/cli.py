@@ -8,12 +8,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from octavius import assets
+from octavius.candidates import read_boxes
+from octavius.chat import Scan
 from octavius.chat import chat as ask
 from octavius.config import load_config
 from octavius.demo import demo as run_demo
 from octavius.evaluate import evaluate, write_answers
 from octavius.model import Octavius
-from octavius.report import score_table
+from octavius.pointbert import PRESETS as POINT_PRESETS
+from octavius.pretrain_points import PretrainConfig, pretrain
+from octavius.report import pretrain_table, score_table
 from octavius.train import load_data
 from octavius.train import train as run_train
 
@@ -46,12 +50,19 @@ def train(config: ConfigOption, settings: Settings = None, resume: bool = False)
 @app.command()
 def chat(
     question: str,
-    image: Annotated[Path, typer.Option(help="A picture.")],
+    image: Annotated[Path | None, typer.Option(help="A picture.")] = None,
+    points: Annotated[Path | None, typer.Option(help="A point cloud or mesh: .ply, .pcd, .npy, .obj ...")] = None,
+    boxes: Annotated[Path | None, typer.Option(help="Boxes of its objects; without, they are proposed.")] = None,
+    unit: Annotated[str, typer.Option(help="Of the cloud's coordinates: m, cm, mm.")] = "m",
+    draw: Annotated[Path | None, typer.Option(help="Picture file for the cloud and its objects' attention.")] = None,
     model: Checkpoint = Path("runs/demo/model"),
     task: Annotated[str, typer.Option(help="Task type, for models trained with system messages.")] = "normal",
 ) -> None:
-    """Ask about a picture; prints the answer and the experts that gave it."""
-    answer, experts = ask(Octavius.from_folder(model), image, question, task)
+    """Ask about a picture or a point cloud; prints the answer and the experts that gave it."""
+    if (image is None) == (points is None):
+        raise ValueError("give either --image or --points")
+    seen = image or Scan(points, unit, read_boxes(boxes) if boxes else None, draw)  # type: ignore[arg-type]
+    answer, experts = ask(Octavius.from_folder(model), seen, question, task)
     console.print(answer, markup=False)
     console.print("experts: " + ", ".join(f"{e} ({weight:.2f})" for e, weight in experts), style="dim")
 
@@ -65,11 +76,26 @@ def evaluate_command(
 ) -> None:
     """Score a model on the questions of `data.root`/FILE, with their own pictures and blind."""
     loaded = Octavius.from_folder(model)
-    records, store = load_data(loaded, load_config(config, settings), file)
-    scores, answers = evaluate(loaded, records, store)
-    blind, _ = evaluate(loaded, records, store, blind=True)
+    records, stores = load_data(loaded, load_config(config, settings), file)
+    scores, answers = evaluate(loaded, records, stores)
+    blind, _ = evaluate(loaded, records, stores, blind=True)
     write_answers(model / f"answers-{Path(file).stem}.jsonl", records, answers)
     console.print(score_table({"scores": {"moe": scores, "blind": blind}}))
+
+
+@app.command("pretrain-points")
+def pretrain_points(
+    output: Annotated[Path | None, typer.Option(help="A folder; by default the cache's, where models look.")] = None,
+    preset: Annotated[str, typer.Option(help="small, or ulip: the paper's sizes.")] = "small",
+    epochs: int = PretrainConfig.epochs,
+    seed: int = 0,
+) -> None:
+    """Train the point encoder on furniture models against text and pictures, and score it on held-out models."""
+    if preset not in POINT_PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(POINT_PRESETS)}, got {preset!r}")
+    folder = output or assets.default_cache() / "points" / preset
+    report = pretrain(folder, PretrainConfig(preset=preset, epochs=epochs, seed=seed))
+    console.print(pretrain_table(report), f"encoder in {folder}, {report['seconds']:.0f} s of training")
 
 
 @app.command()

@@ -31,11 +31,33 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class CloudConfig:
+    """The 3D branch (Object-As-Scene).
+
+    encoder: `small`, trained once by `octavius pretrain-points`; a folder that it wrote; a ULIP or Point-BERT
+        checkpoint (.pt); or None, where the data bring the objects' features.
+    width: of the features without an encoder; an encoder has its own.
+    queries, heads, layers, dropout: of the aggregation.
+    """
+
+    encoder: str | None = "small"
+    width: int = 768
+    queries: int = 16
+    heads: int = 8
+    layers: int = 1
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The parts. `llm` and `tower` are names of `octavius assets`, Hugging Face names, or folders."""
+    """The parts. `llm` and `tower` are names of `octavius assets`, Hugging Face names, or folders.
+
+    tower: None for a model that reads no pictures; clouds: None for one that reads no point clouds.
+    """
 
     llm: str = "smollm2"
-    tower: str = "efficientnet-lite0"
+    tower: str | None = "efficientnet-lite0"
+    clouds: CloudConfig | None = None
     tower_layer: int = -2  # of a ViT: which hidden state becomes the tokens
     tower_merge: int = 1  # of a ViT: join merge×merge neighbouring tokens into one
     projector: Literal["linear", "mlp"] = "linear"
@@ -50,10 +72,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the records are. `mini-lamm:SIZE` builds the embedded data of that size; else root is a folder."""
+    """Where the records are. `mini-lamm:SIZE`, `mini-scan2inst:SIZE` build the embedded data; else a root is a folder.
 
-    root: str = "mini-lamm:demo"
+    root, root_3d: of pictures and of clouds; None for none. loop, loop_3d: how often an epoch passes over each.
+    train_3d: a JSON file, or upstream's .pickle.
+    """
+
+    root: str | None = "mini-lamm:demo"
+    root_3d: str | None = None
+    loop: int = 1
+    loop_3d: int = 1
     train: str = "train.json"
+    train_3d: str = "train.json"
     images: str | None = None  # folder that the records' image paths start from; None: beside the JSON file
     max_tokens: int = 400  # text after the picture is cut to this many tokens
     cache_features: bool = True  # compute each picture's tower features once and keep them on disk

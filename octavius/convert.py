@@ -1,4 +1,4 @@
-"""From package files to what the libraries read: GGUF and ONNX weights to Hugging Face folders, a .deb to pictures.
+"""From package files to what the libraries read: GGUF and ONNX weights to Hugging Face folders, a .deb to files.
 
 Imports nothing of octavius. ONNX is read by a few lines of protobuf wire format, so that the `onnx` package is no
 dependency.
@@ -163,8 +163,8 @@ def _varints(view: memoryview) -> Iterator[int]:
         yield value
 
 
-def deb_pictures(file: Path, inside: str, folder: Path) -> None:
-    """Extract the .png and .txt files under `inside` of a Debian package; needs no Debian tools.
+def deb_files(file: Path, inside: str, endings: tuple[str, ...], folder: Path) -> None:
+    """Extract the files under `inside` of a Debian package that have one of the endings; needs no Debian tools.
 
     A .deb is an `ar` archive: an 8-byte magic, then members with a 60-byte header (name 16, ..., size at 48) padded
     to even offsets; `data.tar.xz` holds the files.
@@ -183,7 +183,7 @@ def deb_pictures(file: Path, inside: str, folder: Path) -> None:
             for member in tar:
                 if not member.isfile() or not member.name.startswith(inside):
                     continue
-                if member.name.endswith((".png", ".txt")):
+                if member.name.endswith(endings):
                     source = tar.extractfile(member)
                     assert source is not None
                     target = folder / member.name.removeprefix(inside)

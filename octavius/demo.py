@@ -17,6 +17,7 @@ from octavius.evaluate import Answers, evaluate, routing_map, write_answers
 from octavius.metrics import parse_boxes
 from octavius.model import Octavius
 from octavius.report import plots, write_report
+from octavius.scene_picture import save_picture
 from octavius.train import load_data, train
 
 
@@ -32,7 +33,7 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
         what `metrics.json` holds: {"run": ..., "scores": {column: scores}, "zeroshot": {column: scores}}.
     """
     folder = Path(config.train.output)
-    model, report, scores, zeroshot, records, answers = _train_and_score(config, folder / "model", resume)
+    model, report, scores, zeroshot, records, answers, stores = _train_and_score(config, folder / "model", resume)
     metrics = {
         "run": _conditions(config, model, report, answers),
         "scores": {"moe": scores[0], "blind": scores[1]},
@@ -45,11 +46,16 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
         lora = config.model.lora
         single = replace(lora, num_experts=1, top_k=1, rank=lora.rank * lora.top_k, alpha=lora.alpha * lora.top_k)
         plain = replace(config, model=replace(config.model, lora=single))
-        _, report, scores, zeroshot, _, _ = _train_and_score(plain, folder / "lora", resume)
+        _, report, scores, zeroshot, *_ = _train_and_score(plain, folder / "lora", resume)
         metrics["scores"]["lora"], metrics["zeroshot"]["lora"] = scores[0], zeroshot[0]
         losses["LoRA"] = report["loss"]
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    write_report(folder / "report.html", metrics, _samples(records, answers), losses["LoRA-MoE"], routing)
+    samples = _samples(records, answers)
+    for sample, record in samples:
+        if record.cloud and stores.scenes:
+            file = folder / "scenes" / f"{record.id}.png"
+            sample["image"] = str(save_picture(model, stores.scenes, record.cloud, file) or "")
+    write_report(folder / "report.html", metrics, [sample for sample, _ in samples], losses["LoRA-MoE"], routing)
     plots(folder, metrics, losses, routing)
     return metrics
 
@@ -57,12 +63,12 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
 def _train_and_score(config: Config, folder: Path, resume: bool):
     config = replace(config, train=replace(config.train, output=str(folder)))
     model, report = train(config, resume)
-    records, store = load_data(model, config, "test.json")
-    scored, answers = evaluate(model, records, store)
-    scores = [scored, evaluate(model, records, store, blind=True)[0]]
-    unseen, store = load_data(model, config, "zeroshot.json")  # empty where the photographs could not be fetched
-    zeroshot = [evaluate(model, unseen, store, blind=blind)[0] if unseen else {} for blind in (False, True)]
-    return model, report, scores, zeroshot, records, answers
+    records, stores = load_data(model, config, "test.json")
+    scored, answers = evaluate(model, records, stores)
+    scores = [scored, evaluate(model, records, stores, blind=True)[0]]
+    unseen, others = load_data(model, config, "zeroshot.json")  # empty where the photographs could not be fetched
+    zeroshot = [evaluate(model, unseen, others, blind=blind)[0] if unseen else {} for blind in (False, True)]
+    return model, report, scores, zeroshot, records, answers, stores
 
 
 def _conditions(config: Config, model: Octavius, report: dict[str, Any], answers: Answers) -> dict[str, Any]:
@@ -105,15 +111,18 @@ def _processor() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def _samples(records: list[Record], answers: Answers, count: int = 12) -> list[dict[str, Any]]:
-    """A dozen test pictures, the benchmarks in turn, in the order of the file: not chosen by their answers."""
+def _samples(records: list[Record], answers: Answers, count: int = 12) -> list[tuple[dict[str, Any], Record]]:
+    """A dozen test records, the benchmarks in turn, in the order of the file: not chosen by their answers."""
     groups: dict[str, list[int]] = {}
     for index, record in enumerate(records):
         groups.setdefault(record.truth["benchmark"], []).append(index)
     turns = [
         index for column in zip(*(members[:count] for members in groups.values()), strict=False) for index in column
     ]
-    return [_sample(records[index], answers.texts[index], answers.weights[index]) for index in turns[:count]]
+    return [
+        (_sample(records[index], answers.texts[index], answers.weights[index]), records[index])
+        for index in turns[:count]
+    ]
 
 
 def _sample(record: Record, text: str, weights: torch.Tensor) -> dict[str, Any]:
@@ -122,7 +131,7 @@ def _sample(record: Record, text: str, weights: torch.Tensor) -> dict[str, Any]:
     return {
         "id": record.id,
         "benchmark": record.truth["benchmark"],
-        "image": str(record.image),
+        "image": str(record.source),
         "question": record.turns[-1][0],
         "answer": text,
         "reference": record.turns[-1][1],

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from octavius.data import Collator, InstructionData, Record
-from octavius.encoders import FeatureStore
+from octavius.data import Collator, InstructionData, Record, Stores
 from octavius.metrics import score
 from octavius.model import Octavius
 
@@ -29,7 +28,7 @@ class Answers:
 def answer(
     model: Octavius,
     records: list[Record],
-    store: FeatureStore,
+    stores: Stores,
     batch_size: int = 32,
     max_new_tokens: int = 128,
     blind: bool = False,
@@ -38,13 +37,14 @@ def answer(
 
     Args:
         records: the questions.
-        store: the pictures' features.
-        blind: give every question another record's picture, of the same benchmark, so that only its text can help.
+        stores: the features of pictures and clouds.
+        blind: give every question another record's picture or cloud, of the same benchmark, so that only its text can
+            help.
     """
     if blind:
         records = exchange_pictures(records)
-    data = InstructionData(records, model.conversation, store.tower.tokens, max_tokens=0, answer=False)
-    collate = Collator(model.conversation.eos, store, left=True)
+    data = InstructionData(records, model.conversation, model.image_tokens, 0, False, model.cloud_tokens)
+    collate = Collator(model.conversation.eos, stores.pictures, True, stores.scenes)
     samples = [data[index] for index in range(len(data))]
     order = sorted(range(len(samples)), key=lambda index: (records[index].task_type, len(samples[index]["input_ids"])))
     texts, weights = [""] * len(records), torch.zeros(len(records), model.settings.lora.num_experts)
@@ -65,28 +65,28 @@ def answer(
 
 
 def exchange_pictures(records: list[Record], seed: int = 0) -> list[Record]:
-    """The same questions, each with another picture of the same benchmark, drawn from `seed`.
+    """The same questions, each with another picture or cloud of the same benchmark, drawn from `seed`.
 
-    Only where more than half of a benchmark's records share one picture do some of them keep it.
+    Only where more than half of a benchmark's records share one do some of them keep it.
     """
     groups: dict[str, list[int]] = {}
     for index, record in enumerate(records):
         groups.setdefault(record.truth.get("benchmark", record.task_type), []).append(index)
     exchanged, rng = list(records), random.Random(seed)
     for members in groups.values():
-        places = {image: rng.random() for image in dict.fromkeys(records[index].image for index in members)}
-        members.sort(key=lambda index: places[records[index].image])
-        step = max(Counter(records[index].image for index in members).values())  # past all with the same picture
+        places = {source: rng.random() for source in dict.fromkeys(records[index].source for index in members)}
+        members.sort(key=lambda index: places[records[index].source])
+        step = max(Counter(records[index].source for index in members).values())  # past all with the same one
         for index, other in zip(members, members[step:] + members[:step], strict=True):
-            exchanged[index] = replace(records[index], image=records[other].image)
+            exchanged[index] = replace(records[index], image=records[other].image, cloud=records[other].cloud)
     return exchanged
 
 
 def evaluate(
-    model: Octavius, records: list[Record], store: FeatureStore, blind: bool = False, **options
+    model: Octavius, records: list[Record], stores: Stores, blind: bool = False, **options
 ) -> tuple[dict[str, Any], Answers]:
     """Scores by benchmark (see `octavius.metrics.score`) and the answers that they come from."""
-    answers = answer(model, records, store, blind=blind, **options)
+    answers = answer(model, records, stores, blind=blind, **options)
     rows = [
         {"id": record.id, "prediction": text, **record.truth}
         for record, text in zip(records, answers.texts, strict=True)
@@ -108,7 +108,7 @@ def write_answers(path: Path, records: list[Record], answers: Answers) -> None:
             {
                 "id": record.id,
                 "benchmark": record.truth.get("benchmark"),
-                "image": str(record.image),
+                "image" if record.image else "pcl": str(record.source),
                 "question": record.turns[-1][0],
                 "answer": text,
                 "reference": record.turns[-1][1],

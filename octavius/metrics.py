@@ -29,6 +29,9 @@ MAIN = {
     "vqa": "Acc@1",
     "hair": "Acc@1",
     "smile": "Acc@1",
+    "classification3d": "Acc@1",
+    "caption3d": "CIDEr",
+    "vqa3d": "Acc@1",
 }
 KEYS = {
     "detection": ("object", "labels"),
@@ -37,6 +40,9 @@ KEYS = {
     "vqa": ("gt_choice", "gt_choices"),
     "hair": ("attr", "labels"),
     "smile": ("attr", "labels"),
+    "classification3d": ("label", "labels"),
+    "caption3d": ("sentences",),
+    "vqa3d": ("label", "labels", "sentences"),
 }
 IRREGULAR: dict[str, str] = {"man": "men", "woman": "women", "person": "people", "child": "children", "mouse": "mice"}
 IRREGULAR |= {"goose": "geese", "foot": "feet", "tooth": "teeth"}
@@ -59,12 +65,14 @@ def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     Args:
         records: each has `benchmark`, `prediction` (the answer text) and the ground truth of its data record:
             detection `object` ([{"label", "bbox"}]) and `labels`; caption `sentences`; classification `label` and
-            `labels`; vqa `gt_choice` (index or letter) and `gt_choices`; hair and smile `attr` and `labels`.
+            `labels`; vqa `gt_choice` (index or letter) and `gt_choices`; hair and smile `attr` and `labels`;
+            classification3d as classification, caption3d as caption, vqa3d as both.
     Returns:
         {benchmark: {"n": samples, "main": name of the main metric, "interval": [low, high] of the main metric,
         metric: value, ...}} with the metrics
         detection: recall@0.5, precision@0.5, recall_any_class@0.5, precision_any_class@0.5;
-        caption: CIDEr, BLEU-1, BLEU-2, BLEU-3, BLEU-4; the others: Acc@1. The main metric is the first named.
+        caption, caption3d: CIDEr, BLEU-1, BLEU-2, BLEU-3, BLEU-4; vqa3d: Acc@1 and these; the others: Acc@1.
+        The main metric is the first named.
     Raises:
         ValueError: a key is missing or a ground truth is unusable; the message names the record's id and the key.
     """
@@ -72,7 +80,8 @@ def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for index, record in enumerate(records):
         _check(record, index)
         groups.setdefault(record["benchmark"], []).append(record)
-    scorers = {"detection": _score_detection, "caption": _score_caption}
+    scorers = {"detection": _score_detection, "caption": _score_caption, "caption3d": _score_caption}
+    scorers |= {"vqa3d": _score_scene}
     return {
         name: {"n": len(group), "main": MAIN[name], **scorers.get(name, _score_accuracy)(group)}
         for name, group in groups.items()
@@ -268,11 +277,14 @@ def _truth(record: Mapping[str, Any]) -> Any:
     match record["benchmark"]:
         case "detection":
             return [(str(item["label"]), _box(item["bbox"])) for item in record["object"]]
-        case "caption":
+        case "caption" | "caption3d":
             return _captions(record["sentences"])
         case "vqa":
             return _letter(record["gt_choice"], record["gt_choices"])
-        case "classification":
+        case "vqa3d":
+            _captions(record["sentences"])
+            return _member(record["label"], record["labels"])
+        case "classification" | "classification3d":
             return _member(record["label"], record["labels"])
         case "smile" if str(record["attr"]) in ("1", "-1"):  # as CelebA stores it
             return _member("yes" if str(record["attr"]) == "1" else "no", record["labels"])
@@ -296,6 +308,11 @@ def _score_caption(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _score_accuracy(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     hits = np.array([_answer(record) == _truth(record) for record in group], dtype=float)
     return {"Acc@1": float(hits.mean()), "interval": bootstrap(hits)}
+
+
+def _score_scene(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    values, _ = _caption_scores([r["prediction"] for r in group], [r["sentences"] for r in group])
+    return _score_accuracy(group) | values
 
 
 def _answer(record: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
-"""The multimodal model: picture tokens and text through one frozen LLM whose linears carry the experts.
+"""The multimodal model: tokens of pictures, point clouds and text through one frozen LLM whose linears carry experts.
 
 z = projector(tower(picture))                         P tokens of the LLM's width D
+z = scene(objects of the cloud, their boxes)          Q tokens of the same width
 routing = gate(mean of the question's embeddings)     once per instance, for all layers and all tokens
 answer = LLM([... <Img> z </Img> question ...] | routing)
 """
@@ -19,9 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from octavius.aggregation import SceneProjector
 from octavius.config import ModelConfig, from_dict
 from octavius.encoders import ImageTower, load_tower
 from octavius.llm import answer_logits, check_logits, load_llm
+from octavius.pointbert import PointBert
+from octavius.pretrain_points import load_encoder
 from octavius.projector import Projector
 from octavius.prompts import IGNORE, ConversationFormat
 
@@ -53,31 +57,46 @@ class Routed:
 
 
 class Octavius(nn.Module):
-    """LLM, tower, projector and gate; only the experts, the gate, the projector and the two marker rows train.
+    """LLM, encoders, projectors and gate; only the experts, the gate, the projectors and the marker rows train.
 
     Args:
         config: the parts.
         llm: a causal LM; it is changed in place (frozen, linears given experts).
         tokenizer: the LLM's.
-        tower: the image tower.
+        tower: the image tower; None for a model that reads no pictures.
+        encoder: of point clouds' objects; None where the data bring their features.
     """
 
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch
 
     share: torch.Tensor
 
-    def __init__(self, config: ModelConfig, llm: Any, tokenizer: Any, tower: ImageTower):
+    def __init__(
+        self,
+        config: ModelConfig,
+        llm: Any,
+        tokenizer: Any,
+        tower: ImageTower | None,
+        encoder: PointBert | None = None,
+    ):
         super().__init__()
+        if tower is None and config.clouds is None:
+            raise ValueError("the model must read pictures or point clouds: give tower, clouds, or both")
         self.settings, self.tokenizer = config, tokenizer
         check_logits(llm)
         embedding = llm.get_input_embeddings()
         vocab, dim = embedding.weight.shape
         self.conversation = ConversationFormat(tokenizer, vocab, config.system, config.gate.input == "system+question")
         self.llm: Any = moe_lora.apply(llm, config.lora)
-        self.tower = [tower]  # in a list: neither trained nor saved with the model
+        self.tower, self.encoder = [tower], [encoder]  # in lists: neither trained nor saved with the model
         std = embedding.weight.float().std().item()
-        self.projector = Projector(tower.tokens, tower.width, dim, config.projector, std)
-        self.markers = nn.Parameter(embedding.weight.float().mean(0).repeat(2, 1))  # <Img>, </Img>: [2, D]
+        mean = embedding.weight.float().mean(0)
+        if tower is not None:
+            self.projector = Projector(tower.tokens, tower.width, dim, config.projector, std)
+            self.markers = nn.Parameter(mean.repeat(2, 1))  # <Img>, </Img>: [2, D]
+        if clouds := config.clouds:
+            width = clouds.width if encoder is None else encoder.features
+            self.scene = SceneProjector(width, dim, mean, std, clouds)
         self.gate = moe_lora.InstanceGate(
             dim,
             config.lora.num_experts,
@@ -91,7 +110,19 @@ class Octavius(nn.Module):
     def from_config(cls, config: ModelConfig) -> "Octavius":
         """Load the frozen parts that `config` names; what trains is new."""
         llm, tokenizer = load_llm(config)
-        return cls(config, llm, tokenizer, load_tower(config.tower, config.tower_layer, config.tower_merge))
+        tower = load_tower(config.tower, config.tower_layer, config.tower_merge) if config.tower else None
+        encoder = load_encoder(config.clouds.encoder) if config.clouds and config.clouds.encoder else None
+        return cls(config, llm, tokenizer, tower, encoder)
+
+    @property
+    def image_tokens(self) -> int:
+        """P, tokens of a picture; 0 if the model reads none."""
+        return self.tower[0].tokens if self.tower[0] else 0
+
+    @property
+    def cloud_tokens(self) -> int:
+        """Q, tokens of a point cloud; 0 if the model reads none."""
+        return self.settings.clouds.queries if self.settings.clouds else 0
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Octavius":
@@ -141,7 +172,7 @@ class Octavius(nn.Module):
         found, own = _read_config(folder), self.settings
         same_loss = dataclasses.replace(found.gate, load_balancing=own.gate.load_balancing)
         found = dataclasses.replace(found, gate=same_loss)
-        for name in ("tower_layer", "tower_merge", "system", "gate"):
+        for name in ("tower_layer", "tower_merge", "clouds", "system", "gate"):
             want, have = getattr(own, name), getattr(found, name)
             if want != have:
                 raise ValueError(f"{folder / CONFIG}: {name} must be {want} for this model, got {have}")
@@ -156,16 +187,16 @@ class Octavius(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.markers.device
+        return self.llm.get_input_embeddings().weight.device
 
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         gate_mask: torch.Tensor,
-        features: torch.Tensor,
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
+        **seen: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Training loss, the mean over answer tokens.
 
@@ -173,14 +204,14 @@ class Octavius(nn.Module):
             input_ids: [N, L], padded on the right.
             attention_mask: [N, L], 1 on real tokens. Causal attention from the left never reads the padding.
             gate_mask: [N, L], 1 on the tokens that the gate reads.
-            features: [N, P, C] tower output.
             labels: [N, L], IGNORE where no loss counts.
             num_items_in_batch: answer tokens to average over, when a step spans several batches.
+            seen: what `embed` takes: features of the batch's pictures, objects of its clouds.
 
         Returns:
             `loss`, and `gates` [N, E], the mean weight of every expert.
         """
-        embeds = self.embed(input_ids, features)
+        embeds = self.embed(input_ids, **seen)
         with self.routed(embeds, gate_mask, attention_mask) as routed:
             hidden = self.llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # logits only where a label is
@@ -198,16 +229,21 @@ class Octavius(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         gate_mask: torch.Tensor,
-        features: torch.Tensor,
         max_new_tokens: int = 128,
+        features: torch.Tensor | None = None,
+        objects: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+        object_mask: torch.Tensor | None = None,
         **options,
     ) -> tuple[list[str], torch.Tensor]:
         """Answers to a batch of prompts padded on the left; greedy unless `options` of `transformers` say otherwise.
 
+        `features`, `objects`, `boxes` and `object_mask` are `embed`'s.
+
         Returns:
             the answers, and [N, E] the weight of every expert.
         """
-        embeds = self.embed(input_ids, features)
+        embeds = self.embed(input_ids, features, objects, boxes, object_mask)
         with self.routed(embeds, gate_mask, attention_mask) as routed:
             ids = self.llm.generate(
                 inputs_embeds=embeds,
@@ -219,18 +255,31 @@ class Octavius(nn.Module):
             )
         return [self.conversation.decode(row) for row in ids.tolist()], routed.weights(len(input_ids))
 
-    def embed(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Token ids and tower features as the LLM's input, [N, L, D] in the LLM's dtype."""
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        features: torch.Tensor | None = None,
+        objects: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+        object_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token ids and what is seen as the LLM's input, [N, L, D] in the LLM's dtype.
+
+        Args:
+            input_ids: [N, L]; n of the instances hold a picture's ids, m a cloud's.
+            features: [n, P, C] tower output.
+            objects, boxes, object_mask: [m, O, C], [m, O, 6] and [m, O], True on real objects.
+        """
         table = self.llm.get_input_embeddings()
-        first = table.weight.shape[0]  # <Img>, </Img> and picture tokens have the ids from here on
+        first = table.weight.shape[0]  # ids beyond the vocabulary: two markers and a token, of pictures and of clouds
         embeds = table(input_ids.clamp(max=first - 1))
-        extra = torch.where(input_ids == first, 0, 1)
-        marker = (input_ids >= first) & (input_ids < first + 2)
-        embeds = torch.where(marker[..., None], self.markers.to(embeds.dtype)[extra], embeds)
-        picture = input_ids == first + 2
-        if picture.any():
-            projected = self.projector(features.to(self.device)).to(embeds.dtype)
-            embeds = embeds.masked_scatter(picture[..., None], projected)
+        if features is not None:
+            tokens = self.projector(features.to(self.device))
+            embeds = _place(embeds, input_ids - first, self.markers, tokens)
+        if objects is not None:
+            assert boxes is not None and object_mask is not None
+            tokens, _ = self.scene(*(tensor.to(self.device) for tensor in (objects, boxes, object_mask)))
+            embeds = _place(embeds, input_ids - first - 3, self.scene.markers, tokens)
         return embeds
 
     @contextmanager
@@ -272,6 +321,13 @@ class Octavius(nn.Module):
         if self.training:
             self.share.lerp_(routed.share(), 0.02)
         return moe_lora.load_balancing_loss(routed.logits, routed.routing.experts, routed.mask, self.share)
+
+
+def _place(embeds: torch.Tensor, extra: torch.Tensor, markers: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Put the markers where `extra` [N, L] is 0 or 1, and the tokens [n, P, D] where it is 2, in their order."""
+    at = ((extra == 0) | (extra == 1))[..., None]
+    embeds = torch.where(at, markers.to(embeds.dtype)[extra.clamp(0, 1)], embeds)
+    return embeds.masked_scatter((extra == 2)[..., None], tokens.to(embeds.dtype))
 
 
 def _read_config(folder: Path) -> ModelConfig:

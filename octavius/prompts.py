@@ -4,7 +4,8 @@
 
 Every piece is tokenised by itself, so that the question's tokens, which the gate reads, and the answer's, which carry
 the loss, are the same ids wherever they stand. Picture tokens and the two markers have ids beyond the vocabulary:
-`vocab` for <Img>, `vocab + 1` for </Img>, `vocab + 2` for a picture token. The LLM's own embeddings stay as they are.
+`vocab` for <Img>, `vocab + 1` for </Img>, `vocab + 2` for a picture token; <Pcl>, </Pcl> and a point cloud's tokens
+have the next three. The LLM's own embeddings stay as they are.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ SYSTEM = {
     "description": "Describe the picture.",
     "commomsenseqa": "Answer the question with the picture and common sense.",
     "normal": "Answer the human, with the picture where there is one.",
+    "classification3d": "Name the object that the point cloud shows.",
+    "description3d": "Describe the object that the point cloud shows.",
+    "detection3d": "List the objects of the point cloud, each with its box.",
+    "VQA3D": "Answer the question about the scene of the point cloud.",
+    "VQA3d": "Answer the question about the scene of the point cloud.",
+    "conversation3d": "Talk with the human about the point cloud.",
+    "commomsenseqa3d": "Answer the question with the point cloud and common sense.",
+    "visual_grounding3d": "Say where in the point cloud the named object is.",
 }
 
 
@@ -42,7 +51,7 @@ class ConversationFormat:
 
     Args:
         tokenizer: of the LLM.
-        vocab: rows of the LLM's embedding; ids from here on are the picture's.
+        vocab: rows of the LLM's embedding; ids from here on are the picture's and the point cloud's.
         system: begin with the task type's system message.
         gate_system: the gate reads the system message too.
     """
@@ -52,6 +61,7 @@ class ConversationFormat:
             raise ValueError("gate input system+question needs system: true, so that there is a system message to read")
         self.tokenizer = tokenizer
         self.image_start, self.image_end, self.image_token = vocab, vocab + 1, vocab + 2
+        self.cloud_start, self.cloud_end, self.cloud_token = vocab + 3, vocab + 4, vocab + 5
         self.system, self.gate_system = system, gate_system
         self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.eos = tokenizer.eos_token_id
@@ -59,7 +69,12 @@ class ConversationFormat:
             raise ValueError("the tokenizer must have an end-of-sequence token: answers end with it")
 
     def encode(
-        self, turns: list[tuple[str, str | None]], task_type: str = "normal", image_tokens: int = 0, max_tokens: int = 0
+        self,
+        turns: list[tuple[str, str | None]],
+        task_type: str = "normal",
+        image_tokens: int = 0,
+        max_tokens: int = 0,
+        cloud_tokens: int = 0,
     ) -> Sample:
         """One conversation as ids.
 
@@ -67,7 +82,8 @@ class ConversationFormat:
             turns: (question, answer) pairs; the last answer may be None, to be generated.
             task_type: one of SYSTEM's keys.
             image_tokens: P, 0 without a picture.
-            max_tokens: cut what follows the picture to this many tokens; 0 for no limit.
+            max_tokens: cut what follows picture and cloud to this many tokens; 0 for no limit.
+            cloud_tokens: Q, 0 without a point cloud.
         """
         if task_type not in SYSTEM:
             raise ValueError(f"task_type must be one of {', '.join(SYSTEM)}, got {task_type!r}")
@@ -83,6 +99,8 @@ class ConversationFormat:
         add(self.tokens("### Human:"))
         if image_tokens:
             add([self.image_start, *[self.image_token] * image_tokens, self.image_end])
+        if cloud_tokens:
+            add([self.cloud_start, *[self.cloud_token] * cloud_tokens, self.cloud_end])
         start = len(ids)
         for turn, (question, answer) in enumerate(turns):
             if turn:

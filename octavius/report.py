@@ -36,6 +36,9 @@ TASKS = {
     "classification": "Classification",
     "hair": "Face: hair",
     "smile": "Face: smile",
+    "classification3d": "3D classification",
+    "caption3d": "3D captioning",
+    "vqa3d": "3D question answering",
 }
 COLUMNS = {"moe": "LoRA-MoE", "lora": "LoRA", "blind": "Blind"}
 PARTS = {"scores": "Scores", "zeroshot": "Scores on classes never trained on"}
@@ -130,6 +133,26 @@ def score_table(metrics: Mapping[str, Any], part: str = "scores") -> Table:
         if against:
             cells.append(_signed(row.difference))
         table.add_row(*cells, style="bold" if row.main else "dim")
+    return table
+
+
+def pretrain_table(report: Mapping[str, Any]) -> Table:
+    """Scores of the point encoder on held-out models, × 100, each beside what chance or raw geometry gives."""
+    table = Table(
+        "held out", "models", "metric", "score", "against", title="Point encoder \u00d7 100", title_justify="left"
+    )
+    names = {"test": "test models", "zeroshot": "catalogue never seen"}
+    for side, name in names.items():
+        s = report[side]
+        rows = [("zero-shot Acc@1", s["zero_shot_acc"], "chance", s["zero_shot_chance"])]
+        rows.append(("nearest neighbour", s["nearest_feature_acc"], "raw geometry", s["nearest_geometry_acc"]))
+        for kind in ("text", "image"):
+            for k in (1, 5):
+                metric = f"{kind} recall@{k}"
+                rows.append((metric, s[f"{kind}_recall@{k}"], "chance", s[f"{kind}_chance@{k}"]))
+        for metric, score, against, other in rows:
+            count = s["models" if "recall" in metric else "labelled"]
+            table.add_row(name, str(count), metric, _score(100 * score), f"{against} {_score(100 * other)}")
     return table
 
 

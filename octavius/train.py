@@ -8,31 +8,72 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
-from octavius import assets, minilamm
+from octavius import assets, minilamm, rooms
 from octavius.align import align
 from octavius.config import Config
-from octavius.data import BucketSampler, Collator, InstructionData, Record, drop_bad_pictures, read_records
+from octavius.data import (
+    BucketSampler,
+    Collator,
+    InstructionData,
+    Record,
+    Stores,
+    drop_bad_pictures,
+    make_records,
+    read_records,
+)
 from octavius.encoders import FeatureStore
 from octavius.model import Octavius
+from octavius.objects import ObjectStore
+from octavius.upstream3d import read_layout, read_pickle
 
-MINI_LAMM = "mini-lamm:"
+EMBEDDED = {"mini-lamm": minilamm.build, "mini-scan2inst": rooms.build}
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 CALIBRATION = 256  # pictures that the projector's statistics come from
 
 
 def data_folder(root: str) -> Path:
-    """The folder that `data.root` names; embedded data is built there first if it is missing."""
-    if not root.startswith(MINI_LAMM):
+    """The folder that a root names; embedded data is built there first if it is missing."""
+    name, colon, size = root.partition(":")
+    if not colon or name not in EMBEDDED:
         return Path(root)
-    size = root.removeprefix(MINI_LAMM)
-    return minilamm.build(assets.default_cache() / "mini-lamm" / size, size=size)
+    return EMBEDDED[name](assets.default_cache() / name / size, size=size)
 
 
-def load_data(model: Octavius, config: Config, file: str) -> tuple[list[Record], FeatureStore]:
-    """Records of one JSON file whose pictures can be read, and the features of those pictures."""
-    records = read_records(data_folder(config.data.root) / file, config.data.images)
-    store = FeatureStore(model.tower[0], assets.default_cache() / "features" if config.data.cache_features else None)
-    return drop_bad_pictures(records, store.prepare([record.image for record in records])), store
+def load_data(model: Octavius, config: Config, file: str, file_3d: str | None = None) -> tuple[list[Record], Stores]:
+    """Records whose pictures and clouds can be read, and the features of those.
+
+    Args:
+        file: of pictures, under `data.root`.
+        file_3d: of clouds, under `data.root_3d`; named like the other when None.
+    """
+    data, records, scenes = config.data, [], {}
+    if data.root:
+        records += read_records(data_folder(data.root) / file, data.images)
+    if data.root_3d:
+        found, scenes = read_scenes(data_folder(data.root_3d) / (file_3d or file))
+        records += found
+    folder = assets.default_cache() / "features" if data.cache_features else None
+    stores = Stores(
+        FeatureStore(model.tower[0], folder) if model.tower[0] else None,
+        ObjectStore(model.encoder[0], folder, scenes) if model.settings.clouds else None,
+    )
+    return drop_bad_pictures(records, stores.prepare(records)), stores
+
+
+def read_scenes(file: Path) -> tuple[list[Record], dict]:
+    """Records about clouds and the objects that are known already: ours, or upstream's JSON or pickle.
+
+    Upstream's JSON has no `pcl`: its features lie in the folders around it.
+    """
+    if file.suffix == ".pickle":
+        items, scenes = read_pickle(file)
+        return make_records(items, file, Path()), scenes
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if text and '"pcl"' not in text and '"scene_id"' in text:
+        root = file.parent.parent if file.parent.name == "meta_file" else file.parent
+        items, scenes = read_layout(file, root)
+        return make_records(items, file, Path()), scenes
+    return read_records(file), {}
 
 
 def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any]]:
@@ -48,22 +89,26 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     set_seed(config.train.seed)
     keep_freed_memory()
     model = Octavius.from_config(config.model)
-    records, store = load_data(model, config, config.data.train)
-    data = InstructionData(records, model.conversation, store.tower.tokens, config.data.max_tokens)
+    records, stores = load_data(model, config, config.data.train, config.data.train_3d)
+    records = [r for r in records for _ in range(config.data.loop_3d if r.cloud else config.data.loop)]
+    tokens = (model.image_tokens, config.data.max_tokens, True, model.cloud_tokens)
+    data = InstructionData(records, model.conversation, *tokens)
     output = Path(config.train.output)
     last = resume and any(output.glob("checkpoint-*"))
-    if not last:
-        model.projector.calibrate(store([record.image for record in records[:: max(1, len(records) // CALIBRATION)]]))
+    pictured = [record for record in records if record.image]
+    if stores.pictures and pictured and not last:
+        some = pictured[:: max(1, len(pictured) // CALIBRATION)]
+        model.projector.calibrate(stores.pictures([record.image for record in some if record.image]))
         if config.train.align:
             table = model.llm.get_input_embeddings().weight
-            align(model.projector, records, store, model.conversation.tokens, table)
+            align(model.projector, pictured, stores.pictures, model.conversation.tokens, table)
     if config.train.compile:
         compile_layers(model)
     trainer = OctaviusTrainer(
         model=model,
         args=training_arguments(config),
         train_dataset=data,
-        data_collator=Collator(model.conversation.eos, store),
+        data_collator=Collator(model.conversation.eos, stores.pictures, objects=stores.scenes),
     )
     result = trainer.train(resume_from_checkpoint=True if last else None)
     model.save(output)

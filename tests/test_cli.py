@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from octavius import cli
 from octavius.config import Config
 from octavius.train import load_data
-from tests import tiny
+from tests import clouds, tiny
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,33 @@ def test_chat_prints_answer_and_experts(run, parts):
     assert "experts: " in done.output and done.output.rstrip().count("(0.") == 2
 
 
+def test_points_train_and_answer(run, parts, tmp_path):
+    """Both kinds in one run from the command line, then a question about a cloud with boxes and one without."""
+    root = clouds.save_clouds(tmp_path / "clouds")
+    branch = f"model.clouds={{encoder: {root / 'encoder'}, queries: 3, heads: 2}}"
+    settings = [branch, f"data.root_3d={root}", "train.steps=2", f"train.output={tmp_path / 'out'}"]
+    train = ["train", "--config", str(run[0]), *(word for item in settings for word in ("--set", item))]
+    done = CliRunner().invoke(cli.app, train)
+    assert done.exit_code == 0, done.output
+    np.save(tmp_path / "boxes.npy", np.load(root / "clouds/2.npz")["boxes"])
+    ask = ["chat", "--model", str(tmp_path / "out"), "--points", str(root / "clouds/2.npz"), "What is left?"]
+    for more in ([], ["--boxes", str(tmp_path / "boxes.npy"), "--draw", str(tmp_path / "seen.png")]):
+        done = CliRunner().invoke(cli.app, [*ask, *more])
+        assert done.exit_code == 0 and "experts: " in done.output, done.output
+    assert (tmp_path / "seen.png").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--image", "a.png", "--points", "b.npy"]], ids=["neither", "both"])
+def test_chat_sees_one_thing(given):
+    done = CliRunner().invoke(cli.app, ["chat", "What?", *given])
+    assert done.exit_code == 1 and "either --image or --points" in str(done.exception)
+
+
+def test_unknown_encoder_preset_is_named():
+    done = CliRunner().invoke(cli.app, ["pretrain-points", "--preset", "huge"])
+    assert done.exit_code == 1 and "preset must be one of small, ulip" in str(done.exception)
+
+
 def test_eval_prints_scores_and_writes_answers(run, parts):
     file, folder = run
     done = CliRunner().invoke(cli.app, ["eval", "--config", str(file), "--model", str(folder), "--file", "train.json"])
@@ -52,7 +80,9 @@ def test_eval_prints_scores_and_writes_answers(run, parts):
     assert [json.loads(line)["id"] for line in lines] == [item["id"] for item in tiny.lamm()]
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["chat"], ["eval"], ["assets"], ["demo"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["chat"], ["eval"], ["assets"], ["demo"], ["pretrain-points"]], ids=str
+)
 def test_help_exists(command):
     done = CliRunner().invoke(cli.app, [*command, "--help"])
     assert done.exit_code == 0 and "Usage" in done.output
@@ -103,4 +133,4 @@ def test_settings_of_the_file_reach_the_data(run, parts):
     model = tiny.make(parts)
     config = Config(data=tiny.data_config(parts))
     records, store = load_data(model, config, "train.json")
-    assert len(records) == 7 and store.folder is None
+    assert len(records) == 7 and store.pictures.folder is None

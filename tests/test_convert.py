@@ -25,7 +25,7 @@ def test_deb_gives_pictures_and_captions_only(tmp_path):
             archive.addfile(info, io.BytesIO(b"abc"))
     data = b"!<arch>\n" + ar_member("debian-binary", b"2.0") + ar_member("data.tar.xz", lzma.compress(tar.getvalue()))
     (tmp_path / "x.deb").write_bytes(data)
-    convert.deb_pictures(tmp_path / "x.deb", "./usr/share/x/", tmp_path / "out")
+    convert.deb_files(tmp_path / "x.deb", "./usr/share/x/", (".png", ".txt"), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["cat.png", "cat.txt"]
 
 

@@ -128,7 +128,9 @@ def test_bad_pictures_are_named_and_skipped_up_to_one_percent(capsys):
 
 def test_bad_picture_counts_for_each_of_its_records():
     twice = [*some(150), *some(1), *some(1)]
-    with pytest.raises(ValueError, match=r"3 of 152 records have an unreadable picture \(1 pictures: 0.png: torn"):
+    with pytest.raises(
+        ValueError, match=r"3 of 152 records have an unreadable picture or cloud \(1 files: 0.png: torn"
+    ):
         drop_bad_pictures(twice, {Path("0.png"): "torn"})
 
 
@@ -169,7 +171,7 @@ def test_prompt_has_no_last_answer_and_is_never_cut(kit):
 
 
 def test_no_record_is_refused(kit):
-    with pytest.raises(ValueError, match="at least one record with a readable picture, got none"):
+    with pytest.raises(ValueError, match="at least one record with a readable picture or cloud, got none"):
         InstructionData([], kit[0], 4, 0)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavius.data import Record
+from octavius.data import Record, Stores
 from octavius.encoders import FeatureStore
 from octavius.evaluate import Answers, answer, evaluate, exchange_pictures, routing_map, write_answers
 from tests import tiny
@@ -21,7 +21,7 @@ def model(parts):
 
 @pytest.fixture(scope="module")
 def store(model):
-    return FeatureStore(model.tower[0])
+    return Stores(FeatureStore(model.tower[0]))
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,33 @@ RECORDS = [
     {"benchmark": "smile", "prediction": "Yes, a smile.", "attr": "1", "labels": ["yes", "no"]},
     {"benchmark": "smile", "prediction": "", "attr": "no", "labels": ["yes", "no"]},
 ]
+NAMES = ["chair", "table"]
+SCENES: list[dict] = [
+    {"benchmark": "classification3d", "prediction": "a chair", "label": "chair", "labels": NAMES},
+    {"benchmark": "caption3d", "prediction": CAPTIONS[0], "sentences": REFERENCES[0]},
+    {"benchmark": "caption3d", "prediction": CAPTIONS[1], "sentences": REFERENCES[1]},
+    {
+        "benchmark": "vqa3d",
+        "prediction": "A red chair.",
+        "label": "chair",
+        "labels": NAMES,
+        "sentences": ["A red chair."],
+    },
+    {
+        "benchmark": "vqa3d",
+        "prediction": "A chair.",
+        "label": "table",
+        "labels": NAMES,
+        "sentences": ["A white table."],
+    },
+    {
+        "benchmark": "vqa3d",
+        "prediction": "A chair or table.",
+        "label": "table",
+        "labels": NAMES,
+        "sentences": ["A table."],
+    },
+]
 
 
 def test_score_form_and_values():
@@ -218,9 +245,20 @@ def test_score_form_and_values():
     assert metrics.score([]) == {}
 
 
+def test_score_of_scenes_is_accuracy_and_caption_metrics():
+    result = metrics.score(SCENES)
+    assert result["classification3d"]["Acc@1"] == 1
+    assert result["caption3d"]["CIDEr"] == metrics.caption(CAPTIONS[:2], REFERENCES[:2])["CIDEr"]
+    answers = [record for record in SCENES if record["benchmark"] == "vqa3d"]
+    said = metrics.caption([r["prediction"] for r in answers], [r["sentences"] for r in answers])
+    vqa = result["vqa3d"]
+    assert vqa["main"] == "Acc@1" and vqa["Acc@1"] == pytest.approx(1 / 3)  # both names at once are no answer
+    assert {name: vqa[name] for name in said} == said
+
+
 @pytest.mark.parametrize("benchmark", metrics.KEYS)
 def test_score_missing_key_names_record_and_key(benchmark):
-    record = next(r for r in RECORDS if r["benchmark"] == benchmark)
+    record = next(r for r in RECORDS + SCENES if r["benchmark"] == benchmark)
     for key in ("prediction", *metrics.KEYS[benchmark]):
         with pytest.raises(ValueError, match=rf"'r17'.*'{key}' is missing"):
             metrics.score([{**{k: v for k, v in record.items() if k != key}, "id": "r17"}])

@@ -127,10 +127,10 @@ def test_report_with_minimal_inputs(tmp_path, metrics):
 
 
 def test_report_with_minimal_sample_and_broken_loss(tmp_path):
-    sample = {"id": 3, "benchmark": "vqa3d", "question": "what?", "answer": ""}
+    sample = {"id": 3, "benchmark": "counting", "question": "what?", "answer": ""}
     text = written(tmp_path, {}, [sample], [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}], {})
     Tags(text)
-    assert "vqa3d" in text and "(no answer)" in text and "Training loss" not in text and "<img" not in text
+    assert "counting" in text and "(no answer)" in text and "Training loss" not in text and "<img" not in text
 
 
 def test_report_is_repeatable_and_leaves_its_inputs(tmp_path, samples):

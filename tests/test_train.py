@@ -115,8 +115,8 @@ def test_every_epoch_has_an_order_of_its_own(parts, tmp_path):
     config = run_config(parts, tmp_path, batch_size=2)
     model = tiny.make(parts)
     records, store = load_data(model, config, "train.json")
-    data = InstructionData(records, model.conversation, store.tower.tokens, 0)
-    collate = Collator(model.conversation.eos, store)
+    data = InstructionData(records, model.conversation, model.image_tokens, 0)
+    collate = Collator(model.conversation.eos, store.pictures)
     trainer = OctaviusTrainer(model, training_arguments(config), train_dataset=data, data_collator=collate)
     loader, orders = trainer.get_train_dataloader(), []
     for epoch in range(5):

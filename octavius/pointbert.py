@@ -1,0 +1,250 @@
+"""Point-BERT: the points of one object → one vector (Yu et al. 2022, the form that ULIP, Xue et al. 2023, trains).
+
+    groups: G centres by farthest-point sampling, the K nearest points of each, relative to it
+    tokens = reduce_dim(mini-PointNet(groups))        pos = pos_embed(centres)
+    x = norm(blocks([cls, tokens], + pos before every block))
+    feature = [x_cls, max over tokens x]              [2 · width]
+
+Names of the parameters are those of ULIP's checkpoints, which load by path.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from octavius.config import from_dict
+from octavius.points import PointCloud
+
+PREFIXES = ("module.", "point_encoder.")
+
+
+@dataclass(frozen=True)
+class PointBertConfig:
+    """Sizes; the defaults are the paper's, PRESETS["small"] the embedded default's.
+
+    channels: 3 reads xyz alone, 6 colours too; points: drawn from an object, whatever it has.
+    """
+
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    groups: int = 512
+    group_size: int = 32
+    patch_width: int = 256
+    channels: int = 3
+    points: int = 2048
+    drop_path: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.channels not in (3, 6):
+            raise ValueError(f"channels must be 3 (xyz) or 6 (xyz, rgb), got {self.channels}")
+        if self.group_size > self.points or self.groups > self.points:
+            raise ValueError(f"points must be at least groups and group_size, got {self}")
+
+
+PRESETS = {
+    "small": PointBertConfig(
+        width=192, depth=3, heads=3, groups=48, group_size=24, patch_width=128, channels=6, points=512, drop_path=0.05
+    ),
+    "ulip": PointBertConfig(),
+}
+
+
+class PointBert(nn.Module):
+    """Objects [B, n, channels] → features [B, 2·width]. Each object's coordinates are normalised by the caller."""
+
+    def __init__(self, config: PointBertConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = MiniPointNet(config.channels, config.patch_width)
+        self.reduce_dim = nn.Linear(config.patch_width, config.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.cls_pos = nn.Parameter(torch.randn(1, 1, config.width))
+        self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, config.width))
+        self.blocks = nn.ModuleDict({"blocks": nn.ModuleList(Block(config) for _ in range(config.depth))})
+        self.norm = nn.LayerNorm(config.width)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.cls_pos, std=0.02)
+
+    @property
+    def features(self) -> int:
+        return 2 * self.config.width
+
+    def forward(self, points: torch.Tensor) -> torch.Tensor:
+        groups, centres = group(points, self.config.groups, self.config.group_size)
+        tokens = self.reduce_dim(self.encoder(groups))  # [B, G, width]
+        batch = len(points)
+        x = torch.cat((self.cls_token.expand(batch, -1, -1), tokens), 1)
+        pos = torch.cat((self.cls_pos.expand(batch, -1, -1), self.pos_embed(centres)), 1)
+        for block in self.blocks["blocks"]:  # type: ignore[union-attr]
+            x = block(x + pos)
+        x = self.norm(x)
+        return torch.cat((x[:, 0], x[:, 1:].amax(1)), -1)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and sizes; `load_pointbert` reads them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "pointbert.partial"
+        save_file(self.state_dict(), partial, metadata={"config": json.dumps(dataclasses.asdict(self.config))})
+        partial.rename(folder / "pointbert.safetensors")
+
+
+class MiniPointNet(nn.Module):
+    """Groups [B, G, K, channels] → [B, G, C] (Qi et al. 2017, as in Point-BERT's section 3.1)."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        half, inner = width // 2, 2 * width
+        self.first_conv = nn.Sequential(
+            nn.Linear(channels, half), nn.BatchNorm1d(half), nn.ReLU(), nn.Linear(half, width)
+        )
+        self.second_conv = nn.Sequential(
+            nn.Linear(inner, inner), nn.BatchNorm1d(inner), nn.ReLU(), nn.Linear(inner, width)
+        )
+
+    def forward(self, groups: torch.Tensor) -> torch.Tensor:
+        batch, count, size, _ = groups.shape
+        local = self.first_conv(groups.flatten(0, 2)).unflatten(0, (batch * count, size))
+        whole = local.amax(1, keepdim=True).expand(-1, size, -1)
+        joint = self.second_conv(torch.cat((whole, local), -1).flatten(0, 1))
+        return joint.unflatten(0, (batch, count, size)).amax(2)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; in training a residual branch of an object is dropped now and then (drop path)."""
+
+    def __init__(self, config: PointBertConfig):
+        super().__init__()
+        width = config.width
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width, bias=False), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.heads, self.drop_path = config.heads, config.drop_path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self._keep(self.attn["proj"](mixed))
+        return x + self._keep(self.mlp["fc2"](nn.functional.gelu(self.mlp["fc1"](self.norm2(x)))))
+
+    def _keep(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.drop_path:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
+
+
+def farthest_points(xyz: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices [B, count] of points [B, n, 3], each the farthest from those before it; the first point is the first."""
+    chosen = torch.zeros(len(xyz), count, dtype=torch.long, device=xyz.device)
+    nearest = torch.full(xyz.shape[:2], torch.inf, device=xyz.device)
+    last = xyz[:, :1]
+    for step in range(1, count):
+        nearest = torch.minimum(nearest, (xyz - last).square().sum(-1))
+        chosen[:, step] = nearest.argmax(1)
+        last = xyz.gather(1, chosen[:, step, None, None].expand(-1, 1, 3))
+    return chosen
+
+
+def group(points: torch.Tensor, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points [B, n, channels] → groups [B, count, size, channels], xyz from the centre, and centres.
+
+    With fewer points than a group has, the nearest are repeated.
+    """
+    xyz = points[..., :3]
+    centres = xyz.gather(1, farthest_points(xyz, count)[..., None].expand(-1, -1, 3))
+    distance = torch.cdist(centres, xyz)  # [B, count, n]
+    near = distance.topk(min(size, xyz.shape[1]), largest=False).indices
+    if near.shape[-1] < size:
+        near = near[..., torch.arange(size, device=near.device) % near.shape[-1]]
+    batch = torch.arange(len(points), device=points.device)[:, None, None]
+    groups = points[batch, near]
+    return torch.cat((groups[..., :3] - centres[:, :, None], groups[..., 3:]), -1), centres
+
+
+def prepare(clouds: list[PointCloud], config: PointBertConfig, rng: np.random.Generator) -> torch.Tensor:
+    """Objects as the encoder's input [B, points, channels]: drawn points, centred, in the unit sphere.
+
+    Of an object with fewer points than `points` all are taken and some are drawn again.
+    """
+    rows = []
+    for cloud in clouds:
+        have, want = len(cloud), config.points
+        chosen = rng.permutation(have)[:want]
+        if have < want:
+            chosen = np.concatenate((chosen, rng.integers(0, have, want - have)))
+        array = cloud.channels(config.channels == 6)[chosen].astype(np.float32)
+        array[:, :3] -= array[:, :3].mean(0)
+        array[:, :3] /= max(float(np.linalg.norm(array[:, :3], axis=1).max()), 1e-6)
+        rows.append(array)
+    return torch.from_numpy(np.stack(rows))
+
+
+@torch.inference_mode()
+def encode(
+    model: PointBert, clouds: list[PointCloud], batch_size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Features [len(clouds), 2·width] in float32; memory goes with `batch_size`, not with the number of objects."""
+    if not clouds:
+        return torch.zeros(0, model.features)
+    model.eval()
+    device = model.cls_token.device
+    chunks = []
+    for start in range(0, len(clouds), batch_size):
+        objects = [(cloud, np.random.default_rng([seed, len(cloud)])) for cloud in clouds[start : start + batch_size]]
+        points = torch.cat([prepare([cloud], model.config, rng) for cloud, rng in objects]).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            chunks.append(model(points).float().cpu())
+    return torch.cat(chunks)
+
+
+def load_pointbert(path: str | Path, config: PointBertConfig | None = None) -> PointBert:
+    """A frozen encoder from what `save` wrote (a folder), or from a ULIP or Point-BERT checkpoint (a .pt file).
+
+    Args:
+        path: a .pt file is read with `weights_only`, never unpickled into objects.
+        config: of a .pt file; the paper's when None.
+    Raises:
+        ValueError: unreadable, or its tensors do not fit.
+    """
+    path = Path(path)
+    file = path / "pointbert.safetensors" if path.is_dir() else path
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                config = from_dict(PointBertConfig, json.loads(opened.metadata()["config"]), str(file))
+                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            found = _ulip(loaded.get("state_dict", loaded.get("base_model", loaded)))
+    except Exception as error:
+        raise ValueError(f"{file}: cannot be read as a Point-BERT checkpoint: {error}") from error
+    model = PointBert(config or PointBertConfig())
+    own = model.state_dict()
+    for name in sorted(own.keys() | found.keys()):
+        want, have = own.get(name), found.get(name)
+        if want is None or have is None or want.shape != have.shape:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (want, have)]
+            raise ValueError(f"{file}: {name} must be {shapes[0]} for this encoder, got {shapes[1]}")
+    model.load_state_dict(found)
+    return model.eval().requires_grad_(False)
+
+
+def _ulip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names without prefixes, 1×1 convolutions as linears; ULIP's other parts left out."""
+    whole = any("point_encoder." in name for name in state)
+    found = {}
+    for name, tensor in state.items():
+        if whole and "point_encoder." not in name:
+            continue
+        for prefix in PREFIXES:
+            name = name.removeprefix(prefix)
+        found[name] = tensor.squeeze(-1) if "_conv." in name and tensor.ndim == 3 else tensor
+    return found

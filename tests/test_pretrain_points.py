@@ -1,0 +1,64 @@
+"""Contrastive training: the loss as it is defined, its augmentation, and that a small encoder learns real models."""
+
+import numpy as np
+import pytest
+import torch
+
+from octavius import assets, pretrain_points
+from octavius.pointbert import PRESETS, PointBertConfig, load_pointbert
+from octavius.points import PointCloud
+from octavius.pretrain_points import PretrainConfig, augment, contrast, embed_texts, occupancy, pretrain
+
+FAST = PointBertConfig(
+    width=48, depth=1, heads=2, groups=16, group_size=12, patch_width=32, channels=6, points=128, drop_path=0.0
+)
+
+
+def test_loss_is_cross_entropy_over_the_positives():
+    a, b = (torch.nn.functional.normalize(torch.randn(5, 7), dim=-1) for _ in range(2))
+    same = torch.eye(5).bool()
+    same[1, 3] = same[3, 1] = True
+    want, logits = 0.0, 4.0 * (a.double() @ b.double().T)
+    for way in (logits, logits.T):
+        log = way - way.exp().sum(1, keepdim=True).log()
+        want -= sum(log[i][same[i]].mean() for i in range(5)) / 10
+    torch.testing.assert_close(contrast(a, b, torch.tensor(4.0), same).double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_augmented_objects_stay_objects():
+    rng = np.random.default_rng(0)
+    cloud = PointCloud(rng.normal(size=(4096, 3)).astype(np.float32), rng.random((4096, 3)).astype(np.float32))
+    for _ in range(30):
+        made = augment(cloud, rng)
+        assert 100 < len(made) <= 2048 + 96 and np.isfinite(made.xyz).all()
+        assert made.rgb.min() >= 0 and made.rgb.max() <= 1 and made.xyz.dtype == np.float32
+
+
+def test_occupancy_is_a_distribution():
+    grid = occupancy(PointCloud(np.random.default_rng(0).random((500, 3)).astype(np.float32)))
+    assert grid.shape == (512,) and grid.square().sum() == pytest.approx(1)
+
+
+@pytest.mark.assets
+def test_sentences_of_one_meaning_are_near():
+    chair, seat, car = embed_texts(["a chair", "a seat to sit on", "a fast car"])
+    assert chair @ seat > chair @ car and chair.norm() == pytest.approx(1)
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_a_minute_of_training_beats_chance(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", FAST)
+    cache = assets.default_cache() / "points"
+    report = pretrain(tmp_path, PretrainConfig(epochs=6, batch_size=32, learning_rate=2e-3), cache)
+    assert report["loss"][-1] < report["loss"][0] - 1
+    for side in ("test", "zeroshot"):
+        scores = report[side]
+        assert scores["zero_shot_acc"] > 2.5 * scores["zero_shot_chance"]
+        assert scores["image_recall@5"] > 2.5 * scores["image_chance@5"]
+    assert load_pointbert(tmp_path).config == FAST
+
+
+def test_unknown_encoder_is_named():
+    with pytest.raises(ValueError, match="cannot be read as a Point-BERT checkpoint"):
+        pretrain_points.load_encoder("nowhere")
