@@ -63,7 +63,7 @@ def test_compiled_matches_oracle_in_wide_tiles_and_splits(target, monkeypatch, n
     with Emulator(target):
         for case in (
             Case((128, 128), 64, 264, 4, 2, 16, dropout=0.1),
-            Case((12, 0, 290), 600, 48, 3, 2, 8, packed=True),
+            Case((12, 0, 40), 1100, 48, 3, 2, 8, packed=True),
         ):
             assert_right(case, make(case, torch.bfloat16), "triton")
     assert sums and max(tile.BLOCK_F for tile in tiles) == (128 if target == 80 else 256)
