@@ -75,7 +75,8 @@ def test_apply_changes_nothing_yet():
     want = before(IDS).logits
     model = moe_lora.apply(before, MoELoRAConfig(rank=3))
     assert model is before
-    assert torch.equal(logits(model.eval(), Routing(EXPERTS, GATES)), want)
+    found = logits(model.eval(), Routing(EXPERTS, GATES))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)  # the backend may add in another order
 
 
 def test_apply_without_match_names_the_linears():
