@@ -6,12 +6,12 @@ blocks go in step, which is fast; with one, each warp goes alone, in an order dr
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ptx import control, copies, loads, tensor_core  # noqa: F401 (they fill the table)
-from ptx.arithmetic import TABLE
+from ptx import arithmetic, bitwise, control, convert, copies, loads, tensor_core  # noqa: F401 (they fill the table)
 from ptx.counters import Profile
 from ptx.fault import Fault, Unknown
 from ptx.formats import U
@@ -19,6 +19,7 @@ from ptx.memory import Buffer, GlobalMemory
 from ptx.operands import SPECIAL, reader
 from ptx.parse import Instruction, Program, bits
 from ptx.races import Clocks, GlobalShadow, SharedShadow
+from ptx.table import TABLE
 
 RUN, PARKED, BARRIER, DONE = 0, 1, 2, 3
 LANES = 4096  # that run in step
@@ -61,6 +62,11 @@ def flops(ins: Instruction) -> tuple[str, int] | None:
         half, pair = (ins.type[:-2], 2) if ins.type.endswith("x2") else (ins.type, 1)
         return half, pair * (2 if ins.name in ("fma", "mad") else 1)
     return None
+
+
+def triple(sizes: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = (*sizes, 1, 1)[:3]
+    return x, y, z
 
 
 def prepare(program: Program) -> list[Step]:
@@ -130,7 +136,7 @@ class Launch:
 
     def __init__(self, program: Program, settings: Settings, grid, block, args, shared: int = 0):
         self.program, self.races, self.seed = program, settings.races, settings.seed
-        self.grid, self.block_shape = (tuple((*grid, 1, 1)[:3]) for grid in (grid, block))
+        self.grid, self.block_shape = triple(grid), triple(block)
         self.threads = int(np.prod(self.block_shape))
         if program.threads is not None and self.threads != program.threads:
             raise ValueError(f"{program.name} is compiled for blocks of {program.threads} threads, got {self.threads}")
@@ -162,7 +168,7 @@ class Launch:
 
     def run(self, steps: list[Step]) -> Profile:
         self.steps = steps
-        order = np.arange(int(np.prod(self.grid)))
+        order = list(range(int(np.prod(self.grid))))
         rng = random.Random(self.seed)
         if self.seed is not None:
             rng.shuffle(order)
@@ -170,7 +176,7 @@ class Launch:
         at_once = max(LANES // padded, 1)
         with np.errstate(all="ignore"):
             for i in range(0, len(order), at_once):
-                Batch(self, order[i : i + at_once], rng).run()
+                Batch(self, np.array(order[i : i + at_once]), rng).run()
         self.profile.patterns.clear()
         return self.profile
 
@@ -283,7 +289,7 @@ class Warps:
         self.special = self.make_special(thread)
         self.by_mask = np.array([step.mask is not None for step in self.launch.steps] + [False])
         zero = {w: np.zeros(n, U[w]) for w in U} | {1: np.zeros(n, bool)}
-        self.R = [zero[w] for _, w in self.program.registers.values()]
+        self.R: list[np.ndarray] = [zero[w] for _, w in self.program.registers.values()]
         self.carry = np.zeros(n, bool)
         self.copies = copies.Queue(n)
         self.products = tensor_core.Products(n)
@@ -364,6 +370,7 @@ class Warps:
             self.pc += 1
 
     def part(self, step: Step, m: np.ndarray) -> None:
+        assert step.jump is not None
         self.count(step, m)
         self.pcs[:] = np.where(m, step.jump, self.pc + 1)
         self.pc, self.stuck = -1, 0
@@ -386,8 +393,11 @@ class Warps:
             self.pc = pc
             return True
         active = self.guarded(step, m)
+        assert active is not None
         if step.jump is not None or not active.any():
-            self.pcs[m] = np.where(active, step.jump, pc + 1)[m] if step.jump is not None else pc + 1
+            self.pcs[m] = pc + 1
+            if step.jump is not None:
+                self.pcs[active] = step.jump
             self.count(step, active)
         elif step.stops:
             self.count(step, active)

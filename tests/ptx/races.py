@@ -92,15 +92,14 @@ class SharedShadow:
     def write(self, warp: np.ndarray, at: np.ndarray, size: int, values=None, atomic=False, landing=False) -> None:
         """Warps write; `values()` are the bytes of each lane: warps may write one value to one place."""
         g, clocks = self.granules(at, size), self.clocks
-        if (bad := self.landing[g]).any():
+        if (flying := self.landing[g]).any():
             text = "shared memory is written while a copy into it is in flight"
-            raise Fault("asynchronous copy", text + self.where(g, bad))
-        if (bad := self.held[g] > 0).any():
-            raise Fault(
-                "race", "shared memory is written while an asynchronous instruction reads it" + self.where(g, bad)
-            )
+            raise Fault("asynchronous copy", text + self.where(g, flying))
+        if (held := self.held[g] > 0).any():
+            text = "shared memory is written while an asynchronous instruction reads it"
+            raise Fault("race", text + self.where(g, held))
         seen, writer = clocks.seen[warp], self.writer[g]
-        bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
+        bad: np.ndarray = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
         if atomic:
             bad &= ~self.atomic[g]
             if (writer < 0).any():
