@@ -23,6 +23,7 @@ from ptx.table import TABLE
 
 RUN, PARKED, BARRIER, DONE = 0, 1, 2, 3
 LANES = 4096  # that run in step
+PATIENCE = 100  # rounds of all warps that a fault may wait for a better explanation
 STUCK = 256  # steps of diverged lanes after which those that waited longest get as many
 WHOLE_WARP = {"bar", "barrier", "mma", "ldmatrix", "stmatrix", "wgmma", "elect"}  # wait for all lanes of the warp
 BY_MASK = {"shfl": -1, "vote": -1, "match": -1, "redux": -1}  # wait for the lanes named by this operand
@@ -199,20 +200,29 @@ class Batch:
         self.clocks = Clocks(len(blocks), self.warps_each)
         self.shadow = None
         if launch.races:
-            self.shadow = SharedShadow(self.clocks, self.shared, granule(launch.program, "shared"))
+            self.shadow = SharedShadow(
+                self.clocks, self.shared, granule(launch.program, "shared"), launch.seed is not None
+            )
         size = n if launch.seed is None else 32
         self.groups = [Warps(self, first, size) for first in range(0, n, size)]
 
     def run(self) -> None:
-        alone = self.launch.seed is not None
+        alone, waited = self.launch.seed is not None, 0
         while any(not g.finished for g in self.groups):
             ready = [g for g in self.groups if g.ready()]
             if not ready:
+                if self.shadow:
+                    self.shadow.settle()
                 raise self.deadlock()
             if alone:
                 self.rng.shuffle(ready)
             for g in ready:
                 g.run(self.rng.choice((40, 1000)) if alone else 1 << 60)
+            waited = waited + 1 if self.shadow and self.shadow.doubt else 0
+            if self.shadow and waited > PATIENCE:
+                self.shadow.settle()
+        if self.shadow:
+            self.shadow.settle()
 
     def arrive(
         self, s: "Warps", step: Step, lanes: np.ndarray, number: np.ndarray, count: np.ndarray, wait: bool
@@ -243,6 +253,8 @@ class Batch:
                 lines = ", ".join(str(self.launch.program.code[pc].line) for pc in np.unique(pcs[here]))
                 raise Fault("barrier", f"warps of one block wait at different barriers, lines {lines}")
             self.arrived.pop((block, int(k)), None)
+            if self.shadow:
+                self.shadow.settle(block)
             state[here] = RUN
             pcs[here] += 1
             warps = np.unique(np.flatnonzero(here) // 32)
@@ -443,10 +455,16 @@ class Warps:
 
     def execute(self, step: Step, m: np.ndarray | None) -> None:
         self.count(step, m)
+        shadow = self.batch.shadow
+        before = shadow and shadow.doubt
         try:
             step.execute(self, m)
         except Fault as fault:
+            if before and fault.kind != "race":
+                raise before[1] from None
             raise self.explain(fault, step) from None
+        if shadow and shadow.doubt and not before:
+            shadow.doubt = (shadow.doubt[0], self.explain(shadow.doubt[1], step))
 
     def explain(self, fault: Fault, step: Step) -> Fault:
         return Fault(fault.kind, f"{str(fault).partition(': ')[2]}\n  in {self.program.name}, {step.ins}")

@@ -265,6 +265,10 @@ class WarpgroupProduct:
             raise Fault(
                 "out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes"
             )
+        chunk = 16 // self.element  # elements of a row of 16 bytes; eight rows are a matrix
+        heads = at[:, ::chunk] if trans else at[:, :, ::chunk].swapaxes(1, 2)
+        readers = lanes[:, 0] // 32 % 4 == 0 if descriptor is self.desc_b else slice(None)  # four warps share B
+        s.launch.profile.count_rows(self.ins, heads.reshape(len(at), -1)[readers], "read")
         at = at + s.shared_base[lanes[:, 0]][:, None, None]
         if s.batch.shadow is not None:
             self.record(s, lanes[:, 0], at.reshape(len(d), -1), held)

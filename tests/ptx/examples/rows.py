@@ -159,7 +159,7 @@ def gather_in_block(rng):
 @triton.jit
 def arg_max_kernel(x_ptr, value_ptr, index_ptr, n, BLOCK: tl.constexpr):
     row, i = tl.program_id(0), tl.arange(0, BLOCK)
-    value, index = tl.max(tl.load(x_ptr + row * n + i, i < n, float("-inf")), 0, return_indices=True)
+    value, index = tl.max(tl.load(x_ptr + row * n + i, i < n, float("-inf")), 0, return_indices=True)  # pyright: ignore[reportGeneralTypeIssues]
     tl.store(value_ptr + row, value)
     tl.store(index_ptr + row, index)
 
