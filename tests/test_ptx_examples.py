@@ -7,7 +7,8 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from ptx import launch  # noqa: E402
-from ptx.examples import EXAMPLES, Example, matmul, matmul_kernel, matmul_meta  # noqa: E402
+from ptx.examples import EXAMPLES, Example  # noqa: E402
+from ptx.examples.matmul import matmul, matmul_kernel, matmul_meta  # noqa: E402
 
 torch = pytest.importorskip("torch")
 CASES = [(example, target) for example in EXAMPLES for target in example.targets]

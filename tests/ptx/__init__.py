@@ -3,9 +3,14 @@
 `launch` runs Triton kernels (it needs triton and torch), `launch_ptx` the PTX of any compiler (it needs numpy alone).
 """
 
+from typing import TYPE_CHECKING
+
 from ptx.counters import Profile
 from ptx.fault import Fault, Unknown
 from ptx.module import launch_ptx
+
+if TYPE_CHECKING:
+    from ptx.driver import Emulator, launch
 
 __all__ = ["Emulator", "Fault", "Profile", "Unknown", "launch", "launch_ptx"]
 

@@ -4,11 +4,11 @@ import warnings
 
 import numpy as np
 
-from ptx.arithmetic import instruction
 from ptx.fault import Fault, Unknown
 from ptx.formats import DTYPE
-from ptx.operands import reader, writer
+from ptx.operands import alu, reader, writer
 from ptx.parse import Instruction, Program
+from ptx.table import instruction
 
 
 class Barrier:
@@ -72,7 +72,7 @@ def shuffle(ins: Instruction, program: Program):
     return execute
 
 
-def by_warp(s, x: np.ndarray, m) -> np.ndarray:
+def by_warp(s, x: np.ndarray | np.bool, m) -> np.ndarray:
     """[lanes] to [warps, 32], inactive lanes False."""
     x = np.broadcast_to(x, s.n)
     return (x if m is None else x & m).reshape(-1, 32)
@@ -192,3 +192,21 @@ def fence(ins: Instruction, program: Program):
         s.batch.clocks.fence(np.unique(s.warp if m is None else s.warp[m]))
 
     return execute
+
+
+@instruction(
+    "griddepcontrol",
+    "prefetch",
+    "prefetchu",
+    "setmaxnreg",
+    "nanosleep",
+    "discard",
+    "applypriority",
+    "createpolicy",
+    "pmevent",
+)
+def ignored(ins: Instruction, program: Program):
+    """No meaning for values: one instruction is done before the next begins. The race detector has its own rules."""
+    if ins.name == "createpolicy":
+        return alu(ins, program, "b64", [], lambda: np.zeros((), np.uint64))
+    return lambda s, m: None

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from ptx.arithmetic import instruction
 from ptx.fault import Fault, Unknown
 from ptx.memory import chosen, reach
 from ptx.operands import address, reader
 from ptx.parse import Instruction, Program
+from ptx.table import instruction
 
 
 class Queue:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
 from triton.runtime import driver as triton_driver
 from triton.runtime.cache import get_cache_manager
 
@@ -24,14 +25,12 @@ def buffer(name: str, x: torch.Tensor, uninitialised: bool = False) -> Buffer:
     if x.device.type != "cpu":
         raise ValueError(f"{name} must be a CPU tensor, got one on {x.device}")
     storage, size = x.untyped_storage(), x.element_size()
-    raw = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()) if storage.nbytes() else b""
-    first = x.storage_offset() * size
-    last = (
-        first + (sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1) * size
-        if x.numel()
-        else first
-    )
-    return Buffer(name, np.frombuffer(raw, np.uint8), first, (first, last), uninitialised)
+    raw = np.zeros(0, np.uint8)
+    if storage.nbytes():
+        raw = np.frombuffer((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
+    first = int(x.storage_offset()) * size
+    elements = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
+    return Buffer(name, raw, first, (first, first + int(elements) * size), uninitialised)
 
 
 class Launcher:
@@ -40,11 +39,14 @@ class Launcher:
     def __init__(self, src, metadata):
         self.src, self.metadata = src, metadata
         path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
+        assert path is not None
         with open(path, encoding="utf-8") as file:
             self.text = file.read()
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
-        emulator, values = triton_driver.active.emulator, []
+        driver, values = triton_driver.active, []
+        assert isinstance(driver, Driver)
+        emulator = driver.emulator
         program, steps = program_of(emulator.rewrite(self.text) if emulator.rewrite else self.text, self.metadata.name)
         for (name, type), arg in zip(self.src.signature.items(), args, strict=True):
             if type == "constexpr":
@@ -77,12 +79,16 @@ class Utils:
         pass
 
 
-class Driver:
+class Driver(DriverBase):
     """Triton's view of the emulated device; its number is the target, so that compiled kernels are kept apart."""
 
     def __init__(self, target: int, emulator: "Emulator"):
         self.target, self.emulator = target, emulator
         self.utils, self.launcher_cls = Utils(target), Launcher
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # only inside `Emulator`, never chosen by Triton
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.target, 32)

@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 
-from ptx.arithmetic import instruction
 from ptx.formats import DTYPE, U
 from ptx.memory import chosen, plain, reach
 from ptx.operands import address, alu, reader, typed, untyped, writer
-from ptx.parse import Instruction, Program, bits, split
+from ptx.parse import Instruction, Program, bits, found, split
+from ptx.table import instruction
 
 
 def space_of(ins: Instruction) -> str:
@@ -55,7 +55,7 @@ def load(ins: Instruction, program: Program):
 
 
 def load_param(ins: Instruction, program: Program):
-    m = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(\d+))?\s*\]", ins.operands[1])
+    m = found(re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(\d+))?\s*\]", ins.operands[1]))
     size = bits(ins.type) // 8
     type = ins.type if ins.type[0] == "s" else f"b{8 * size}"
     writes = [writer(program, name, type) for name in elements(ins, ins.operands[0])]
@@ -163,6 +163,7 @@ def in_turn(view, index, x, y, type: str, function) -> np.ndarray:
 def order_blocks(s, addr: np.ndarray, m) -> None:
     count = np.full(s.n // 32, 32) if m is None else m.reshape(-1, 32).sum(1)
     for row in np.flatnonzero(count == 1):
+        assert m is not None
         lane = 32 * row + int(np.argmax(m[32 * row : 32 * row + 32]))
         s.launch.shadow.synchronise(int(s.block_number[lane]), int(addr[lane]))
 

@@ -6,12 +6,12 @@ blocks go in step, which is fast; with one, each warp goes alone, in an order dr
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ptx import control, copies, loads, tensor_core  # noqa: F401 (they fill the table)
-from ptx.arithmetic import TABLE
+from ptx import arithmetic, bitwise, control, convert, copies, loads, tensor_core  # noqa: F401 (they fill the table)
 from ptx.counters import Profile
 from ptx.fault import Fault, Unknown
 from ptx.formats import U
@@ -19,9 +19,11 @@ from ptx.memory import Buffer, GlobalMemory
 from ptx.operands import SPECIAL, reader
 from ptx.parse import Instruction, Program, bits
 from ptx.races import Clocks, GlobalShadow, SharedShadow
+from ptx.table import TABLE
 
 RUN, PARKED, BARRIER, DONE = 0, 1, 2, 3
 LANES = 4096  # that run in step
+PATIENCE = 100  # rounds of all warps that a fault may wait for a better explanation
 STUCK = 256  # steps of diverged lanes after which those that waited longest get as many
 WHOLE_WARP = {"bar", "barrier", "mma", "ldmatrix", "stmatrix", "wgmma", "elect"}  # wait for all lanes of the warp
 BY_MASK = {"shfl": -1, "vote": -1, "match": -1, "redux": -1}  # wait for the lanes named by this operand
@@ -61,6 +63,11 @@ def flops(ins: Instruction) -> tuple[str, int] | None:
         half, pair = (ins.type[:-2], 2) if ins.type.endswith("x2") else (ins.type, 1)
         return half, pair * (2 if ins.name in ("fma", "mad") else 1)
     return None
+
+
+def triple(sizes: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = (*sizes, 1, 1)[:3]
+    return x, y, z
 
 
 def prepare(program: Program) -> list[Step]:
@@ -130,7 +137,7 @@ class Launch:
 
     def __init__(self, program: Program, settings: Settings, grid, block, args, shared: int = 0):
         self.program, self.races, self.seed = program, settings.races, settings.seed
-        self.grid, self.block_shape = (tuple((*grid, 1, 1)[:3]) for grid in (grid, block))
+        self.grid, self.block_shape = triple(grid), triple(block)
         self.threads = int(np.prod(self.block_shape))
         if program.threads is not None and self.threads != program.threads:
             raise ValueError(f"{program.name} is compiled for blocks of {program.threads} threads, got {self.threads}")
@@ -162,7 +169,7 @@ class Launch:
 
     def run(self, steps: list[Step]) -> Profile:
         self.steps = steps
-        order = np.arange(int(np.prod(self.grid)))
+        order = list(range(int(np.prod(self.grid))))
         rng = random.Random(self.seed)
         if self.seed is not None:
             rng.shuffle(order)
@@ -170,7 +177,7 @@ class Launch:
         at_once = max(LANES // padded, 1)
         with np.errstate(all="ignore"):
             for i in range(0, len(order), at_once):
-                Batch(self, order[i : i + at_once], rng).run()
+                Batch(self, np.array(order[i : i + at_once]), rng).run()
         self.profile.patterns.clear()
         return self.profile
 
@@ -193,20 +200,29 @@ class Batch:
         self.clocks = Clocks(len(blocks), self.warps_each)
         self.shadow = None
         if launch.races:
-            self.shadow = SharedShadow(self.clocks, self.shared, granule(launch.program, "shared"))
+            self.shadow = SharedShadow(
+                self.clocks, self.shared, granule(launch.program, "shared"), launch.seed is not None
+            )
         size = n if launch.seed is None else 32
         self.groups = [Warps(self, first, size) for first in range(0, n, size)]
 
     def run(self) -> None:
-        alone = self.launch.seed is not None
+        alone, waited = self.launch.seed is not None, 0
         while any(not g.finished for g in self.groups):
             ready = [g for g in self.groups if g.ready()]
             if not ready:
+                if self.shadow:
+                    self.shadow.settle()
                 raise self.deadlock()
             if alone:
                 self.rng.shuffle(ready)
             for g in ready:
                 g.run(self.rng.choice((40, 1000)) if alone else 1 << 60)
+            waited = waited + 1 if self.shadow and self.shadow.doubt else 0
+            if self.shadow and waited > PATIENCE:
+                self.shadow.settle()
+        if self.shadow:
+            self.shadow.settle()
 
     def arrive(
         self, s: "Warps", step: Step, lanes: np.ndarray, number: np.ndarray, count: np.ndarray, wait: bool
@@ -237,6 +253,8 @@ class Batch:
                 lines = ", ".join(str(self.launch.program.code[pc].line) for pc in np.unique(pcs[here]))
                 raise Fault("barrier", f"warps of one block wait at different barriers, lines {lines}")
             self.arrived.pop((block, int(k)), None)
+            if self.shadow:
+                self.shadow.settle(block)
             state[here] = RUN
             pcs[here] += 1
             warps = np.unique(np.flatnonzero(here) // 32)
@@ -283,7 +301,7 @@ class Warps:
         self.special = self.make_special(thread)
         self.by_mask = np.array([step.mask is not None for step in self.launch.steps] + [False])
         zero = {w: np.zeros(n, U[w]) for w in U} | {1: np.zeros(n, bool)}
-        self.R = [zero[w] for _, w in self.program.registers.values()]
+        self.R: list[np.ndarray] = [zero[w] for _, w in self.program.registers.values()]
         self.carry = np.zeros(n, bool)
         self.copies = copies.Queue(n)
         self.products = tensor_core.Products(n)
@@ -364,6 +382,7 @@ class Warps:
             self.pc += 1
 
     def part(self, step: Step, m: np.ndarray) -> None:
+        assert step.jump is not None
         self.count(step, m)
         self.pcs[:] = np.where(m, step.jump, self.pc + 1)
         self.pc, self.stuck = -1, 0
@@ -386,8 +405,11 @@ class Warps:
             self.pc = pc
             return True
         active = self.guarded(step, m)
+        assert active is not None
         if step.jump is not None or not active.any():
-            self.pcs[m] = np.where(active, step.jump, pc + 1)[m] if step.jump is not None else pc + 1
+            self.pcs[m] = pc + 1
+            if step.jump is not None:
+                self.pcs[active] = step.jump
             self.count(step, active)
         elif step.stops:
             self.count(step, active)
@@ -433,10 +455,16 @@ class Warps:
 
     def execute(self, step: Step, m: np.ndarray | None) -> None:
         self.count(step, m)
+        shadow = self.batch.shadow
+        before = shadow and shadow.doubt
         try:
             step.execute(self, m)
         except Fault as fault:
+            if before and fault.kind != "race":
+                raise before[1] from None
             raise self.explain(fault, step) from None
+        if shadow and shadow.doubt and not before:
+            shadow.doubt = (shadow.doubt[0], self.explain(shadow.doubt[1], step))
 
     def explain(self, fault: Fault, step: Step) -> Fault:
         return Fault(fault.kind, f"{str(fault).partition(': ')[2]}\n  in {self.program.name}, {step.ins}")

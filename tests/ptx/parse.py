@@ -14,6 +14,12 @@ def bits(type: str) -> int:
     return (width or int(base[1:])) * (int(pair) if pair else 1)
 
 
+def found(m: re.Match | None) -> re.Match:
+    """A match that cannot fail."""
+    assert m is not None
+    return m
+
+
 @dataclass
 class Instruction:
     index: int
@@ -96,7 +102,7 @@ def parse(text: str, entry: str | None = None) -> Program:
     if (entry is None and len(heads) != 1) or (entry is not None and entry not in heads):
         raise ValueError(f"entry must be one of {sorted(heads)}, got {entry}")
     head = heads[entry or next(iter(heads))]
-    program = Program(head[1], target=int(re.search(r"\.target\s+sm_(\d+)", text)[1]))
+    program = Program(head[1], target=int(found(re.search(r"\.target\s+sm_(\d+)", text))[1]))
     parse_params(program, head[2] or "")
     if m := re.search(r"\.reqntid\s+([\d,\s]+)", head[3]):
         program.threads = 1
@@ -160,7 +166,7 @@ class Body:
         pos, line = start, text.count("\n", 0, start) + 1
         depth = 1
         while depth:
-            m = re.compile(r"\s*").match(text, pos)
+            m = found(re.compile(r"\s*").match(text, pos))
             line += m[0].count("\n")
             pos = m.end()
             if text[pos] == "{":
@@ -204,9 +210,9 @@ class Body:
             _, file, number = text.split()[:3]
             self.source = f"{self.files.get(file, '?')}:{number}"
         elif text.startswith(".reg"):
-            type, names = re.match(r"\.reg\s*\.(\w+)\s+(.*)", text).groups()
+            type, names = found(re.match(r"\.reg\s*\.(\w+)\s+(.*)", text)).groups()
             for name in names.split(","):
-                m = re.fullmatch(rf"\s*({NAME})\s*(?:<(\d+)>)?\s*", name)
+                m = found(re.fullmatch(rf"\s*({NAME})\s*(?:<(\d+)>)?\s*", name))
                 for full in [f"{m[1]}{i}" for i in range(int(m[2]))] if m[2] else [m[1]]:
                     program.registers[self.declare(full)] = (len(program.registers), bits(type))
         elif text.startswith((".shared", ".local")):

@@ -47,13 +47,14 @@ class Clocks:
 class SharedShadow:
     """The last writer, the readers and the copies in flight of each granule (the narrowest access of the kernel)."""
 
-    def __init__(self, clocks: Clocks, memory: np.ndarray, granule: int):
+    def __init__(self, clocks: Clocks, memory: np.ndarray, granule: int, patient: bool):
         n = len(memory) // granule
-        self.clocks, self.memory, self.granule = clocks, memory, granule
+        self.clocks, self.memory, self.granule, self.patient = clocks, memory, granule, patient
+        self.doubt: tuple[int, Fault] | None = None  # a block, and what it did unless another fault explains it
         self.writer = np.full(n, -1, np.int16)  # warp of the block
         self.written = np.zeros(n, np.int32)  # its clock
         self.read_at = np.zeros((clocks.warps, n), np.int32)  # last clock at which each warp read
-        self.atomic = np.zeros(n, bool)  # the last write was an atomic
+        self.store_writer, self.stored = self.writer.copy(), self.written.copy()  # of the last that is not atomic
         self.landing = np.zeros(n, bool)  # an asynchronous copy is in flight
         self.held = np.zeros(n, np.int32)  # asynchronous reads in flight (wgmma, bulk stores)
 
@@ -66,13 +67,13 @@ class SharedShadow:
         """Warps read bytes [at, at + size) of the flat shared memory; `proxy`: asynchronously, as wgmma does."""
         g, clocks = self.granules(at, size), self.clocks
         writer = self.writer[g]
-        if self.landing[g].any():
-            raise Fault(
-                "asynchronous copy",
-                "shared memory is read before the wait for the copy that fills it" + self.where(g, self.landing[g]),
-            )
+        if (flying := self.landing[g]).any():
+            text = "shared memory is read before the wait for the copy that fills it" + self.where(g, flying)
+            own = (flying & (writer == (warp % clocks.warps)[:, None])).any()
+            self.suspect(warp, Fault("asynchronous copy", text), bool(own))
         if (writer < 0).any():
-            raise Fault("uninitialised", "shared memory is read that nobody wrote" + self.where(g, writer < 0))
+            text = "shared memory is read that nobody wrote" + self.where(g, writer < 0)
+            self.suspect(warp, Fault("uninitialised", text), False)
         bad = self.written[g] > clocks.seen[warp[:, None], writer]
         if bad.any():
             raise Fault(
@@ -92,22 +93,21 @@ class SharedShadow:
     def write(self, warp: np.ndarray, at: np.ndarray, size: int, values=None, atomic=False, landing=False) -> None:
         """Warps write; `values()` are the bytes of each lane: warps may write one value to one place."""
         g, clocks = self.granules(at, size), self.clocks
-        if (bad := self.landing[g]).any():
+        if (flying := self.landing[g]).any():
             text = "shared memory is written while a copy into it is in flight"
-            raise Fault("asynchronous copy", text + self.where(g, bad))
-        if (bad := self.held[g] > 0).any():
-            raise Fault(
-                "race", "shared memory is written while an asynchronous instruction reads it" + self.where(g, bad)
-            )
+            raise Fault("asynchronous copy", text + self.where(g, flying))
+        if (held := self.held[g] > 0).any():
+            text = "shared memory is written while an asynchronous instruction reads it"
+            raise Fault("race", text + self.where(g, held))
         seen, writer = clocks.seen[warp], self.writer[g]
-        bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
         if atomic:
-            bad &= ~self.atomic[g]
             if (writer < 0).any():
-                raise Fault(
-                    "uninitialised", "an atomic meets shared memory that nobody wrote" + self.where(g, writer < 0)
-                )
-        if bad.any() and self.changes(at, size, values, bad.any(1)):
+                text = "an atomic meets shared memory that nobody wrote" + self.where(g, writer < 0)
+                self.suspect(warp, Fault("uninitialised", text), False)
+            bad = self.stored[g] > seen[np.arange(len(warp))[:, None], self.store_writer[g]]
+        else:
+            bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
+        if bad.any() and self.changes(at, size, values, np.asarray(bad.any(1))):
             text = "two warps write one place of shared memory, with no barrier between"
             raise Fault("race", text + self.who(g, bad, warp))
         bad = (self.read_at[:, g] > seen.T[:, :, None]).any(0)
@@ -120,8 +120,23 @@ class SharedShadow:
             text = "two warps write one place of shared memory in one instruction"
             raise Fault("race", text + self.where(g, bad))
         self.written[g] = clocks.now[warp][:, None]
-        self.atomic[g] = atomic
+        if not atomic:
+            self.store_writer[g], self.stored[g] = self.writer[g], self.written[g]
         self.landing[g] = landing
+
+    def suspect(self, warp: np.ndarray, fault: Fault, certain: bool) -> None:
+        """A warp came too early, for whichever reason: if another still writes there unordered, that is a race.
+
+        With warps in step all that comes before has been done, and the fault is certain.
+        """
+        if certain or not self.patient:
+            raise fault
+        self.doubt = self.doubt or (int(warp[0]) // self.clocks.warps, fault)
+
+    def settle(self, block: int | None = None) -> None:
+        """A block has met at a barrier, or all has ended: nobody came to explain the fault in doubt."""
+        if self.doubt and block in (None, self.doubt[0]):
+            raise self.doubt[1]
 
     def changes(self, at: np.ndarray, size: int, values, lanes: np.ndarray) -> bool:
         if values is None:
@@ -139,8 +154,12 @@ class SharedShadow:
     def land(self, warp: np.ndarray, at: np.ndarray, size: int) -> None:
         """An asynchronous copy has arrived, and its warp knows."""
         g = self.granules(at, size)
+        early = (self.read_at[:, g] > self.clocks.seen[warp].T[:, :, None]).any(0)
+        if self.doubt and early.any():
+            text = "a warp reads what another copies, with no barrier after the wait of the other"
+            raise Fault("race", text + self.who(g, early, warp))
         self.landing[g] = False
-        self.written[g] = self.clocks.now[warp][:, None]
+        self.written[g] = self.stored[g] = self.clocks.now[warp][:, None]
 
     def hold(self, places: np.ndarray) -> None:
         """An asynchronous instruction of one warp begins to read granules."""
@@ -169,7 +188,7 @@ class GlobalShadow:
         self.writer, self.written = np.zeros(n, np.int32), np.zeros(n, np.int32)  # block + 1, its clock; 0: nobody
         self.reader, self.read_at = np.zeros(n, np.int32), np.zeros(n, np.int32)
         self.shared = np.zeros(n, bool)  # more than one block has read it
-        self.atomic = np.zeros(n, bool)
+        self.store_writer, self.stored = self.writer.copy(), self.written.copy()  # of the last that is not atomic
         self.now = np.ones(blocks, np.int32)
         self.seen: dict[int, np.ndarray] = {}  # block: what it knows of all others
         self.signals: dict[int, np.ndarray] = {}  # address of an atomic: what its last releases knew
@@ -211,9 +230,8 @@ class GlobalShadow:
 
     def write(self, block: np.ndarray, at: np.ndarray, size: int, atomic: bool = False) -> None:
         g, block = self.granules(at, size), block[:, None]
-        bad = self.unknown(block, self.writer[g], self.written[g])
-        if atomic:
-            bad &= ~self.atomic[g]
+        writer, written = (self.store_writer, self.stored) if atomic else (self.writer, self.written)
+        bad = self.unknown(block, writer[g], written[g])
         if bad.any():
             raise Fault("blocks", self.who("two blocks write one address", g, bad, block, self.writer))
         bad = self.unknown(block, self.reader[g], self.read_at[g])
@@ -231,7 +249,8 @@ class GlobalShadow:
         if not atomic and (bad := self.writer[g] != mine).any():
             raise Fault("blocks", self.who("two blocks write one address", g, bad, block, self.writer))
         self.written[g] = self.now[block]
-        self.atomic[g] = atomic
+        if not atomic:
+            self.store_writer[g], self.stored[g] = self.writer[g], self.written[g]
 
     def who(self, text: str, g: np.ndarray, bad: np.ndarray, block: np.ndarray, other: np.ndarray) -> str:
         mine = int(np.broadcast_to(block, g.shape)[bad][0])

@@ -8,11 +8,11 @@ import re
 
 import numpy as np
 
-from ptx.arithmetic import instruction
 from ptx.fault import Fault, Unknown
 from ptx.formats import DTYPE, U, from_bf16, from_fp8
 from ptx.operands import address, reader, typed, untyped, writer
-from ptx.parse import Instruction, Program, bits, split
+from ptx.parse import Instruction, Program, bits, found, split
+from ptx.table import instruction
 
 LANE = np.arange(32)
 GROUP, QUAD = LANE // 4, LANE % 4  # row and column pair of a lane in an 8 × 8 matrix
@@ -122,7 +122,7 @@ def gather(s, reads, type: str, lanes: np.ndarray, place, shape) -> np.ndarray:
 @instruction("mma")
 def multiply_fragments(ins: Instruction, program: Program):
     """mma.sync m16n8kK: D = A B + C."""
-    m16, n8, depth = map(int, re.search(r"m(\d+)n(\d+)k(\d+)", ".".join(ins.mods)).groups())
+    m16, n8, depth = map(int, found(re.search(r"m(\d+)n(\d+)k(\d+)", ".".join(ins.mods))).groups())
     td, ta, tb, tc = ins.mods[-4:]
     if (m16, n8) != (16, 8) or "sp" in ins.mods[0] or td not in ("f32", "f16", "s32") or "col" not in ins.mods:
         raise Unknown("mma shape or type")
@@ -205,7 +205,7 @@ class WarpgroupProduct:
     """wgmma.mma_async m64nNkK: four warps multiply 64 rows; operands in shared memory, A may be in registers."""
 
     def __init__(self, ins: Instruction, program: Program):
-        _, self.n, self.k = map(int, re.search(r"m(\d+)n(\d+)k(\d+)", ".".join(ins.mods)).groups())
+        _, self.n, self.k = map(int, found(re.search(r"m(\d+)n(\d+)k(\d+)", ".".join(ins.mods))).groups())
         self.ins, (self.td, self.ta, self.tb) = ins, ins.mods[-3:]
         self.element = 32 // self.k
         if self.td not in ("f32", "s32") or self.ta not in ("bf16", "f16", "tf32", "e4m3", "e5m2", "s8"):
@@ -265,6 +265,10 @@ class WarpgroupProduct:
             raise Fault(
                 "out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes"
             )
+        chunk = 16 // self.element  # elements of a row of 16 bytes; eight rows are a matrix
+        heads = at[:, ::chunk] if trans else at[:, :, ::chunk].swapaxes(1, 2)
+        readers = lanes[:, 0] // 32 % 4 == 0 if descriptor is self.desc_b else slice(None)  # four warps share B
+        s.launch.profile.count_rows(self.ins, heads.reshape(len(at), -1)[readers], "read")
         at = at + s.shared_base[lanes[:, 0]][:, None, None]
         if s.batch.shadow is not None:
             self.record(s, lanes[:, 0], at.reshape(len(d), -1), held)

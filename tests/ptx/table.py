@@ -1,0 +1,54 @@
+"""The table of instructions, and what most entries share.
+
+`@instruction("name", ...)` registers a function that turns a parsed instruction into a closure `execute(s, m)`: `s` are
+the running lanes, `m` the mask of those that take part (None: all). A new instruction is usually one call of `alu`.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ptx.formats import flush
+from ptx.parse import Instruction
+
+TABLE: dict[str, Callable] = {}
+ROUNDINGS = ("rn", "rz", "rm", "rp")
+
+
+def instruction(*names: str):
+    def register(decode):
+        for name in names:
+            assert name not in TABLE, name
+            TABLE[name] = decode
+        return decode
+
+    return register
+
+
+def is_float(type: str) -> bool:
+    return type[0] == "f" or type.startswith("bf16")
+
+
+def rounding(ins: Instruction) -> str:
+    return next((mod for mod in ins.mods if mod in ROUNDINGS), "rn")
+
+
+def finished(ins: Instruction, function: Callable) -> Callable:
+    """`.ftz` flushes subnormal inputs and results, `.sat` clamps to [0, 1], `.relu` to at least 0."""
+    if "ftz" in ins.mods and "f32" in ins.type:
+        function = flushed(function)
+
+    if "sat" in ins.mods and is_float(ins.type):
+        function = after(function, lambda r: np.where(np.isnan(r), r.dtype.type(0), np.clip(r, 0, 1).astype(r.dtype)))
+
+    if "relu" in ins.mods:
+        function = after(function, lambda r: np.where((r > 0) | np.isnan(r), r, r.dtype.type(0)))
+    return function
+
+
+def after(function: Callable, then: Callable) -> Callable:
+    return lambda *args: then(function(*args))
+
+
+def flushed(function: Callable) -> Callable:
+    return lambda *args: flush(function(*[flush(a) if a.dtype == np.float32 else a for a in args]))
