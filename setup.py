@@ -25,6 +25,8 @@ def native_extension():
         print("moe_lora: no torch in the build environment, so no moe_lora._C; use --no-build-isolation")
         return {}
     sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+    if not sources:
+        raise SystemExit("csrc/cpu must hold the sources of moe_lora._C, found none")
     # GCC 12 warns of its own AVX-512 headers
     flags = ["-O3", "-g0", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     extension = CppExtension(

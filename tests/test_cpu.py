@@ -192,3 +192,22 @@ def test_cpu_without_extension_or_instructions_leaves_it_to_the_reference(monkey
     reason = moe_lora.backends()["cpu"]
     assert reason is not None and "instruction sets" in reason
     assert moe_lora.explain(x, weight, lora_a, routing).backend == "reference"
+
+
+@needs_native
+@pytest.mark.parametrize(("lengths", "wrong"), [((20,), -1), ((20,), 4), ((2,), 9)], ids=str)
+def test_cpu_checks_experts_that_changed_after_the_first_call(lengths, wrong):
+    inputs = make(Case(lengths, 16, 8, 4, 2, 3), torch.float32)
+    moe_lora.linear(*inputs[:6], backend="cpu")
+    inputs.routing.experts[0, 0] = wrong
+    with pytest.raises(RuntimeError, match=r"experts must be in 0\.\.3, got"):
+        moe_lora.linear(*inputs[:6], backend="cpu")
+
+
+@needs_native
+def test_cpu_checks_offsets_that_changed_after_the_first_call():
+    inputs = make(Case((3, 17), 16, 8, 4, 2, 3, packed=True), torch.float32)
+    moe_lora.linear(*inputs[:6], backend="cpu")
+    inputs.routing.offsets[2] = 10
+    with pytest.raises(RuntimeError, match="offsets must rise from 0 to x's 20 rows"):
+        moe_lora.linear(*inputs[:6], backend="cpu")

@@ -368,6 +368,8 @@ BAD = (
     ({"lora_b": torch.zeros(4, 9, 3)}, ValueError, r"lora_b must be \[E, R, F\] = \(4, 3, 9\) .* got \(4, 9, 3\)"),
     ({"lora_b": torch.zeros(4, 3, 9, dtype=torch.int)}, TypeError, "lora_b must be floating point, got torch.int32"),
     ({"weight": torch.zeros(9, 13, device="meta")}, ValueError, "weight must be on cpu like x, got meta"),
+    ({"bias": torch.zeros(9, device="meta")}, ValueError, "bias must be on cpu like x, got meta"),
+    ({"lora_a": torch.zeros(4, 13, 0), "lora_b": torch.zeros(4, 0, 9)}, ValueError, "D, F and R must be at least 1"),
     ({"lora_a": torch.zeros(1, 13, 3), "lora_b": torch.zeros(1, 3, 9)}, ValueError, "K <= E = 1, got K = 2"),
     ({"x": torch.zeros(4, 6, 13)}, ValueError, "3 instances must be x's first dimensions or divide the first"),
     ({"routing": None}, TypeError, "routing must be a moe_lora.Routing, got NoneType"),

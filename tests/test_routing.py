@@ -28,6 +28,7 @@ BAD = (
     (torch.zeros(3, 2, dtype=torch.int), torch.ones(3, 2).int(), None, TypeError, "gates must be floating point"),
     (torch.zeros(3, 2), torch.rand(3, 2), None, TypeError, "experts must be integer, got torch.float32"),
     (torch.zeros(3, 2).bool(), torch.rand(3, 2), None, TypeError, "experts must be integer, got torch.bool"),
+    (torch.full((3, 2), 2**32 + 1), torch.rand(3, 2), None, ValueError, "experts must fit into int32, got 4294967297"),
     (torch.zeros(3, 2).int(), torch.rand(3, 2, device="meta"), None, ValueError, "gates must be on cpu like experts"),
     (
         torch.zeros(3, 2).int(),

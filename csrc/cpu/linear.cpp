@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -139,10 +140,13 @@ struct Plan {
     const auto* weight = gates_cpu.const_data_ptr<float>();
     const auto scale = float(call.scale * keep_scale(call.dropout));
     Tensor ends = call.offsets ? call.offsets->contiguous() : Tensor();
+    for (int64_t at = 0; at < N * K; ++at)  // a compiled graph comes here without the checks of routing.py
+      TORCH_CHECK(from[at] >= 0 && from[at] < call.E(), "experts must be in 0..", call.E() - 1, ", got ", from[at]);
     for (int64_t t = 0, i = 0; t < T; ++t) {
-      if (call.offsets)
-        while (t >= ends.const_data_ptr<int32_t>()[i + 1]) ++i;
-      else
+      if (call.offsets) {
+        while (i < N && t >= ends.const_data_ptr<int32_t>()[i + 1]) ++i;
+        TORCH_CHECK(i < N, "offsets must rise from 0 to x's ", T, " rows");
+      } else
         i = t / (T / N);
       instance[t] = int32_t(i);
       for (int k = 0; k < K; ++k) chosen[t * K + k] = from[i * K + k], gates[t * K + k] = scale * weight[i * K + k];
@@ -347,8 +351,8 @@ std::vector<std::optional<Tensor>> backward_as(Tensor dy, Tensor h, Call call, s
   if (needs[1]) grads[1] = sum<E>(rows, s, call, plan, mask, call.lora_a).to(like_a.scalar_type());
   if (needs[2]) grads[2] = sum<E>(drows, kept_s, call, plan, {}, call.lora_b).to(like_b.scalar_type());
   if (needs[3]) {
-    Tensor total = at::zeros(call.gates.sizes(), at::kFloat);
-    auto* out = total.mutable_data_ptr<float>();
+    Tensor total = at::zeros(call.gates.sizes(), at::kDouble);
+    auto* out = total.mutable_data_ptr<double>();
     const auto* from = dgates.const_data_ptr<float>();
     const auto scale = float(call.scale * keep_scale(call.dropout));
     const int K = call.K();
@@ -386,9 +390,11 @@ void* scratch(int which, int64_t bytes) {
   static thread_local Buffers buffers;
   if (buffers.bytes[which] < bytes) {
     std::free(buffers.data[which]);
-    buffers.bytes[which] = (bytes + 4095) / 4096 * 4096;
-    buffers.data[which] = std::aligned_alloc(4096, buffers.bytes[which]);
-    TORCH_CHECK(buffers.data[which], "no memory for ", bytes, " bytes");
+    buffers.data[which] = nullptr, buffers.bytes[which] = 0;
+    const int64_t whole = (bytes + 4095) / 4096 * 4096;
+    void* data = std::aligned_alloc(4096, whole);
+    TORCH_CHECK(data, "no memory for ", bytes, " bytes");
+    buffers.data[which] = data, buffers.bytes[which] = whole;
   }
   return buffers.data[which];
 }

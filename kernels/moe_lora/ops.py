@@ -95,8 +95,13 @@ def _check(
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("routing", routing.experts)):
-        if tensor.device != x.device:
+    if not D or not F or not R:
+        raise ValueError(
+            f"D, F and R must be at least 1, got weight {tuple(weight.shape)}, lora_a {tuple(lora_a.shape)}"
+        )
+    devices = (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b), ("routing", routing.experts))
+    for name, tensor in devices:
+        if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")

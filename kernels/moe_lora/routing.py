@@ -131,7 +131,10 @@ def _as_int32(name: str, tensor: Tensor) -> Tensor:
         return tensor
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integer, got {tensor.dtype}")
-    return tensor.int()
+    narrow = tensor.int()
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.equal(narrow.to(tensor), tensor):
+        raise ValueError(f"{name} must fit into int32, got {int(tensor[narrow != tensor][0])}")
+    return narrow
 
 
 torch.export.register_dataclass(Routing, serialized_type_name="moe_lora.Routing")
