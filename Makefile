@@ -1,4 +1,4 @@
-# Targets: demo mini test check build assets clean. Each does its own set-up in .venv.
+# Targets: demo mini test check bench build assets clean. Each does its own set-up in .venv.
 PYTHON ?= python3
 STEPS ?=
 BIN := .venv/bin
@@ -15,6 +15,12 @@ test: build
 
 check: build
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: build
+	mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_linear.py --csv runs/bench_table.csv
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_linear.py --sweep --csv runs/bench_sweep.csv
+	$(BIN)/python benchmarks/plot_linear.py runs/bench_table.csv runs/bench_sweep.csv
 
 assets: build
 	$(BIN)/octavius assets
@@ -34,4 +40,4 @@ build: .venv/ready
 clean:
 	rm -rf .venv build *.egg-info runs
 
-.PHONY: demo mini test check assets build clean
+.PHONY: demo mini test check bench assets build clean

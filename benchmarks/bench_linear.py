@@ -7,6 +7,7 @@
     gather    each instance's A and B copied, bmm and baddbmm
     concat    all experts' A and B side by side, gates applied in rank space
     compiled  torch.compile of concat (with --compile)
+    reference moe_lora.linear by its plain PyTorch backend
     ours      moe_lora.linear; `backend` in the CSV says which backend ran
 
 Modes: forward, or train (forward and backward; x, A, B and gates require grad). Every provider is first compared with
@@ -14,21 +15,29 @@ the float64 oracle; one that is wrong is not timed. Prints and writes the 20th, 
 the 20th percentiles to the base's, and the bytes that autograd keeps besides x and the parameters.
 
 Usage: python benchmarks/bench_linear.py [--sweep] [--threads 1] [--seconds 6] [--dtype bfloat16] [--csv FILE]
+
+A processor without bf16 dot products is timed on one that has them by
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python benchmarks/bench_linear.py --instructions avx512
 """
 
 import argparse
 import csv
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import moe_lora
 import torch
 import torch.nn.functional as F
+from moe_lora import cpu
 from moe_lora.reference import oracle
 from moe_lora.routing import Plan, Routing
 from torch import Tensor
+
+native = cpu._C
 
 
 class Shape(NamedTuple):
@@ -122,13 +131,17 @@ def ours(x, weight, lora_a, lora_b, routing):
     return moe_lora.linear(x, weight, None, lora_a, lora_b, routing)
 
 
+def reference(x, weight, lora_a, lora_b, routing):
+    return moe_lora.linear(x, weight, None, lora_a, lora_b, routing, backend="reference")
+
+
 def _dense(x, lora_a, routing):
     empty = x.new_zeros(x.shape[0], lora_a.shape[0])
     return empty.scatter_add(1, routing.experts.long(), routing.gates.to(x.dtype))
 
 
 PROVIDERS: dict[str, Callable[..., Tensor]] = {
-    function.__name__: function for function in (base, peft, loop, einsum, gather, concat, ours)
+    function.__name__: function for function in (base, peft, loop, einsum, gather, concat, reference, ours)
 }
 
 
@@ -223,6 +236,15 @@ def run(shape: Shape, providers: dict[str, Callable[..., Tensor]], dtype: torch.
     return rows
 
 
+def processor() -> str:
+    """The processor's name and the native instruction set in use."""
+    name = platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, {native.instructions() if native else 'no native kernels'}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", action="store_true", help="many shapes instead of the table's seven")
@@ -231,17 +253,23 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--providers", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--instructions", choices=native.all_instructions() if native else [], help="of the native kernels"
+    )
     parser.add_argument("--csv")
     options = parser.parse_args()
+    if options.instructions:
+        native.use_instructions(options.instructions)
     torch.set_num_threads(options.threads)
     providers = {name: PROVIDERS[name] for name in dict.fromkeys(["base", *options.providers])}
     if options.compile:
         providers["compiled"] = torch.compile(concat)
     print(f"{options.dtype}, {options.threads} threads, ratio of 20th percentiles to F.linear; ours in ms too")
+    machine = {"machine": processor(), "threads": options.threads, "dtype": options.dtype}
     rows = []
     for shape in SWEEP if options.sweep else TABLE:
         found = run(shape, providers, getattr(torch, options.dtype), options.seconds)
-        rows += found
+        rows += [machine | row for row in found]
         ratios = "  ".join(f"{row['provider']} {row['ratio']:.2f}" for row in found if row["provider"] != "base")
         print(f"{shape!s:<52} base {found[0]['p20_ms']:9.3f} ms  {ratios}", flush=True)
     if options.csv:

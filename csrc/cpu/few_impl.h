@@ -1,16 +1,20 @@
 // Few rows: the weight is read once, where it lies, in dot products along its rows. Included after kernels_impl.h.
 
-constexpr int kFewBlock = 16;    // weight rows that stay in L1 while all rows pass
+constexpr int kFewBlock = 6;     // weight rows that stay in L1 while all rows pass, though all may lie in the same sets
 constexpr int64_t kDeep = 2048;  // bytes of depth of them at a time
 
-// acc[m · kFewBlock + n] (+)= sixteen partial sums of <row m, weight row n>, of M rows and N weight rows. `ahead` bytes
-// after what is read of the weight lies what will be read next.
+// acc[m · kFewBlock + n] (+)= sixteen partial sums of <row m, weight row n>, of M rows and N weight rows. x holds 64
+// bytes of each row in turn. `ahead` bytes after what is read of the weight lies what will be read next; pass p of all
+// passes over it asks for its part.
 template <class E, int M, int N>
-__attribute__((noinline)) void dots(const E* x, int64_t x_stride, const E* w, int64_t w_stride, int64_t depth, float* c,
-                                    bool add_to, int64_t ahead) {
+__attribute__((noinline)) void dots(const E* x, const E* w, int64_t w_stride, int64_t depth, float* c, bool add_to,
+                                    int64_t ahead, int pass, int passes) {
+  constexpr int wide = kLanes * kPer<E>;
   alignas(64) static const float zeros[kLanes] = {};
   const float* start = add_to ? c : zeros;
   const int64_t step = add_to ? kLanes : 0;
+  int64_t next[N];
+  for (int n = 0; n < N; ++n) next[n] = n % passes == pass ? ahead : 0;
   F acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) acc[m][n] = load(start + (m * kFewBlock + n) * step);
@@ -19,56 +23,58 @@ __attribute__((noinline)) void dots(const E* x, int64_t x_stride, const E* w, in
     U y[N];
     for (int n = 0; n < N; ++n) {
       y[n] = load_words(w + n * w_stride + d);
-      __builtin_prefetch((const char*)(w + n * w_stride + d) + ahead, 0, 2);
+      __builtin_prefetch((const char*)(w + n * w_stride + d) + next[n], 0, 2);
     }
     for (int m = 0; m < M; ++m) {
-      U z = load_words(x + m * x_stride + d);
+      U z = load_words(x + m * wide);
       for (int n = 0; n < N; ++n) acc[m][n] = dot(acc[m][n], z, y[n], E());
     }
-    d += kLanes * kPer<E>;
+    d += wide, x += M * wide;
   } while (d < depth);
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) store(c + (m * kFewBlock + n) * kLanes, acc[m][n]);
 }
 
-template <class E, int N>
-void dots_rows(int rows, const E* x, int64_t xs, const E* w, int64_t ws, int64_t depth, float* c, bool add_to,
-               int64_t ahead) {
-  switch (rows) {
-    case 1: return dots<E, 1, N>(x, xs, w, ws, depth, c, add_to, ahead);
-    case 2: return dots<E, 2, N>(x, xs, w, ws, depth, c, add_to, ahead);
-    case 3: return dots<E, 3, N>(x, xs, w, ws, depth, c, add_to, ahead);
-    case 4: return dots<E, 4, N>(x, xs, w, ws, depth, c, add_to, ahead);
-    case 5: return dots<E, 5, N>(x, xs, w, ws, depth, c, add_to, ahead);
-    default: return dots<E, 6, N>(x, xs, w, ws, depth, c, add_to, ahead);
-  }
+// All `count` weight rows for M rows, as many at a time as there are registers for.
+template <class E, int M>
+void dots_rows(const E* x, const E* w, int64_t ws, int count, int64_t depth, float* c, bool add_to, int64_t ahead,
+               int pass, int passes) {
+  constexpr int N = M > 4 ? 3 : 6;
+  int n = 0;
+  for (; n + N <= count; n += N)
+    dots<E, M, N>(x, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead, pass, passes);
+  for (; n < count; ++n) dots<E, M, 1>(x, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead, pass, passes);
 }
 
-// One block of depth for all T rows and `count` weight rows, into acc[T][kFewBlock][16].
+// Depth d .. d + depth of all T rows and `count` weight rows, into acc[T][kFewBlock][16].
 template <class E>
-void dots_block(const E* x, int64_t xs, int T, const E* w, int64_t ws, int count, int64_t depth, float* acc, bool add_to,
+void dots_block(const Few<E>& job, int64_t d, const E* w, int64_t ws, int count, int64_t depth, float* acc,
                 int64_t ahead) {
-  const int passes = (T + kTile - 1) / kTile;
-  for (int p = 0; p < passes; ++p, ahead = 0) {
-    const int t = T * p / passes, rows = T * (p + 1) / passes - t;
+  const int passes = few_passes(job.T);
+  for (int p = 0; p < passes; ++p) {
+    const int t = job.T * p / passes, rows = job.T * (p + 1) / passes - t;
+    const E* x = job.packed + t * job.packed_depth + rows * d;
     float* c = acc + t * kFewBlock * kLanes;
-    int n = 0;
-    for (; n + 4 <= count; n += 4)
-      dots_rows<E, 4>(rows, x + t * xs, xs, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead);
-    for (; n < count; ++n)
-      dots_rows<E, 1>(rows, x + t * xs, xs, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead);
+    switch (rows) {
+      case 1: dots_rows<E, 1>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
+      case 2: dots_rows<E, 2>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
+      case 3: dots_rows<E, 3>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
+      case 4: dots_rows<E, 4>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
+      case 5: dots_rows<E, 5>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
+      case 6: dots_rows<E, 6>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
+      case 7: dots_rows<E, 7>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
+      default: dots_rows<E, 8>(x, w, ws, count, depth, c, d > 0, ahead, p, passes);
+    }
   }
 }
 
-// The rest of the depth, less than a vector, in copies with zeros after it.
+// The rest of the depth, less than a vector, in a copy of the weight with zeros after it.
 template <class E>
-void dots_rest(const E* x, int64_t xs, int T, const E* w, int64_t ws, int count, int64_t depth, float* acc, bool add_to) {
+void dots_rest(const Few<E>& job, int64_t d, const E* w, int64_t ws, int count, float* acc) {
   constexpr int wide = kLanes * kPer<E>;
-  auto* copy = (E*)scratch(kRows, (T + count) * wide * sizeof(E));
-  std::memset((void*)copy, 0, (T + count) * wide * sizeof(E));
-  for (int t = 0; t < T; ++t) std::memcpy(copy + t * wide, x + t * xs, depth * sizeof(E));
-  for (int n = 0; n < count; ++n) std::memcpy(copy + (T + n) * wide, w + n * ws, depth * sizeof(E));
-  dots_block(copy, wide, T, copy + T * wide, wide, count, wide, acc, add_to, 0);
+  E copy[kFewBlock * wide] = {};
+  for (int n = 0; n < count; ++n) std::memcpy(copy + n * wide, w + n * ws, (job.D - d) * sizeof(E));
+  dots_block(job, d, copy, wide, count, wide, acc, 0);
 }
 
 // c[T][kFewColumns] = rows · weightᵀ for `count` weight rows from row `first` on.
@@ -76,14 +82,13 @@ template <class E>
 void base(const Few<E>& job, int64_t first, int count, float* c) {
   auto* acc = (float*)scratch(kLora, job.T * kFewBlock * kLanes * sizeof(float));
   const int64_t whole = job.D / (kLanes * kPer<E>) * (kLanes * kPer<E>);
-  const int64_t step = job.T > kTile ? kDeep / int64_t(sizeof(E)) : std::max<int64_t>(whole, 1);
+  const int64_t step = job.T > 6 ? kDeep / int64_t(sizeof(E)) : std::max<int64_t>(whole, 1);
   const E* w = job.weight + first * job.weight_stride;
   for (int64_t d = 0; d < whole; d += step) {
     const int64_t depth = std::min(step, whole - d), next = d + step < whole ? step : kFewBlock * job.weight_stride - d;
-    dots_block(job.rows + d, job.stride, job.T, w + d, job.weight_stride, count, depth, acc, d > 0, next * sizeof(E));
+    dots_block(job, d, w + d, job.weight_stride, count, depth, acc, next * sizeof(E));
   }
-  if (whole < job.D)
-    dots_rest(job.rows + whole, job.stride, job.T, w + whole, job.weight_stride, count, job.D - whole, acc, whole > 0);
+  if (whole < job.D) dots_rest(job, whole, w + whole, job.weight_stride, count, acc);
   for (int t = 0; t < job.T; ++t)
     for (int n = 0; n < count; n += 4) {
       F four[4];
@@ -155,30 +160,29 @@ void few_shrink(const Few<E>& job, int expert, int64_t split) {
   job.lora_a.is_float ? few_shrink_as<float>(job, expert, split) : few_shrink_as<E>(job, expert, split);
 }
 
-// c[T][kFewColumns] += s · lora_b, columns first .. first + columns. The used experts' columns are copied together: a
-// column's rows lie far apart, often by a power of two.
+// c[T][kFewColumns] += s · lora_b, columns first .. first + columns. An expert's columns are copied together: a column's
+// rows lie far apart, often by a power of two.
 template <class S, class E>
 void few_expand(const Few<E>& job, int64_t first, int64_t columns, float* c) {
   constexpr int vectors = kFewColumns / kLanes;
-  auto* copies = (float*)scratch(kWeights, job.num_used * job.R * kFewColumns * sizeof(float));
-  for (int u = 0; u < job.num_used; ++u)
-    for (int r = 0; r < job.R; ++r) {
-      const S* b = (const S*)job.lora_b.data + job.used[u] * job.expert_stride + r * job.lora_b.stride + first;
-      for (int v = 0; v < vectors; ++v)
-        store(copies + (u * job.R + r) * kFewColumns + v * kLanes, floats(b + v * kLanes, columns - v * kLanes));
-    }
-  for (int t = 0; t < job.T; ++t) {
-    F acc[vectors];
-    for (int v = 0; v < vectors; ++v) acc[v] = load(c + t * kFewColumns + v * kLanes);
-    for (int k = 0; k < job.K; ++k) {
-      const int u = std::lower_bound(job.used, job.used + job.num_used, job.experts[t * job.K + k]) - job.used;
-      const float *b = copies + u * job.R * kFewColumns, *s = job.s + (int64_t(t) * job.K + k) * job.R;
-      for (int r = 0; r < job.R; ++r, b += kFewColumns) {
+  auto* copy = (float*)scratch(kWeights, job.R * kFewColumns * sizeof(float));
+  for (int u = 0; u < job.num_used; ++u) {
+    const S* b = (const S*)job.lora_b.data + job.used[u] * job.expert_stride + first;
+    for (int r = 0; r < job.R; ++r)
+      for (int64_t v = 0; v < vectors; ++v)
+        store(copy + r * kFewColumns + v * kLanes, floats(b + r * job.lora_b.stride + v * kLanes, columns - v * kLanes));
+    for (int at = 0; at < job.T * job.K; ++at) {
+      if (job.experts[at] != job.used[u]) continue;
+      float* out = c + at / job.K * kFewColumns;
+      const float *s = job.s + int64_t(at) * job.R, *row = copy;
+      F acc[vectors];
+      for (int v = 0; v < vectors; ++v) acc[v] = load(out + v * kLanes);
+      for (int r = 0; r < job.R; ++r, row += kFewColumns) {
         const F value = spread(s[r]);
-        for (int v = 0; v < vectors; ++v) acc[v] = multiply_add(value, load(b + v * kLanes), acc[v]);
+        for (int v = 0; v < vectors; ++v) acc[v] = multiply_add(value, load(row + v * kLanes), acc[v]);
       }
+      for (int v = 0; v < vectors; ++v) store(out + v * kLanes, acc[v]);
     }
-    for (int v = 0; v < vectors; ++v) store(c + t * kFewColumns + v * kLanes, acc[v]);
   }
 }
 

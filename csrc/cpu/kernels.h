@@ -98,6 +98,8 @@ template <class E>
 struct Few {  // out = rows · weightᵀ + bias + s · lora, for few rows: weight is read where it lies
   const E* rows;
   int64_t stride;
+  const E* packed;           // the rows of a pass together: 64 bytes of each in turn, zeros after the last element
+  int64_t packed_depth;
   int T;
   int64_t D;
   const E* weight;           // [F, D]
@@ -116,8 +118,11 @@ struct Few {  // out = rows · weightᵀ + bias + s · lora, for few rows: weigh
   float* h;                  // [splits, T, K, R]
 };
 
-constexpr int kFewColumns = 64;  // of one task
-constexpr int kSplit = 1024;  // of D, in the shrink of few rows
+constexpr int kFewColumns = 96;  // of one task
+constexpr int kFewTile = 8;      // rows of one pass over a block of the weight
+constexpr int kSplit = 1024;     // of D, in the shrink of few rows
+
+inline int few_passes(int T) { return (T + kFewTile - 1) / kFewTile; }  // pass p: rows T · p / passes to the next's
 
 template <class E>
 struct Kernels {

@@ -235,11 +235,25 @@ void expand(const Tensor& rows, const Source& weight, const Source& lora, const 
   });
 }
 
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 32;
 
 template <class E>
 bool few(const Call& call, int64_t T) {
   return T <= kFewRows && !call.dropout && call.weight.stride(1) == 1 && call.lora_a.stride(2) == 1 && call.lora_b.stride(2) == 1;
+}
+
+// The rows of each pass together, as Few::packed.
+template <class E>
+Tensor few_packed(const Tensor& rows) {
+  const int64_t D = rows.size(1), wide = 64 / sizeof(E);
+  const int T = int(rows.size(0)), passes = few_passes(T);
+  Tensor packed = at::zeros({T, (D + wide - 1) / wide * wide}, rows.options().memory_format(at::MemoryFormat::Contiguous));
+  auto* out = static_cast<E*>(packed.mutable_data_ptr());
+  for (int p = 0; p < passes; ++p)
+    for (int64_t d = 0; d < D; d += wide)
+      for (int t = T * p / passes; t < T * (p + 1) / passes; ++t, out += wide)
+        std::memcpy((void*)out, data<E>(rows) + t * rows.stride(0) + d, std::min(wide, D - d) * sizeof(E));
+  return packed;
 }
 
 template <class E>
@@ -248,6 +262,8 @@ void few_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensor&
   std::vector<float> parts(splits * T * width);
   Few<E> job{};
   job.rows = data<E>(rows), job.stride = rows.stride(0), job.T = int(T), job.D = call.D();
+  const Tensor packed = few_packed<E>(rows);
+  job.packed = data<E>(packed), job.packed_depth = packed.size(1);
   job.weight = data<E>(call.weight), job.weight_stride = call.weight.stride(0), job.F = call.F();
   job.bias = call.bias ? data<E>(*call.bias) : nullptr;
   job.lora_b = source<E>(call.lora_b, false).matrix, job.expert_stride = call.lora_b.stride(0);

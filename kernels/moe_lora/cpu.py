@@ -4,7 +4,7 @@
     y = s B + x Wᵀ + bias      in the same float32 accumulators, 64 columns of W packed at a time, one rounding
     dx = drop(dh Aᵀ) + dy W,   dA_e = Σ drop(x)ᵀ dh,  dB_e = Σ sᵀ dy over the rows of each expert, in their order
 
-Up to 16 rows without dropout are dot products along the rows of W, which is read once, where it lies. Each output
+Up to 32 rows without dropout are dot products along the rows of W, which is read once, where it lies. Each output
 element is summed in one order, whatever the threads.
 """
 
@@ -22,7 +22,7 @@ except ImportError as error:
     _MISSING = str(error)
 
 _DTYPES = (torch.bfloat16, torch.float32)
-_FEW_ROWS = 16
+_FEW_ROWS = 32
 
 
 def unavailable() -> str | None:
