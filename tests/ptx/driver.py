@@ -29,7 +29,7 @@ def buffer(name: str, x: torch.Tensor, uninitialised: bool = False) -> Buffer:
     storage, size = x.untyped_storage(), x.element_size()
     raw = np.zeros(0, np.uint8)
     if storage.nbytes():
-        raw = np.frombuffer((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
+        raw = np.ctypeslib.as_array((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()))
     first = int(x.storage_offset()) * size
     elements = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
     return Buffer(name, raw, first, (first, first + int(elements) * size), uninitialised)

@@ -8,6 +8,7 @@ blocks go in step, which is fast; with one, each warp goes alone, in an order dr
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ class Step:
     def __init__(self, ins: Instruction, program: Program):
         self.ins = ins
         self.guard = (program.registers[ins.guard[0]][0], ins.guard[1]) if ins.guard else None
-        self.execute, self.jump, self.stops, self.flops = None, None, ins.name in ("ret", "exit"), flops(ins)
+        self.execute: Any = None
+        self.jump, self.stops, self.flops = None, ins.name in ("ret", "exit"), flops(ins)
         self.mask = None
         if ins.name == "bra":
             self.jump = program.labels[ins.operands[-1]]
@@ -382,7 +384,7 @@ class Warps:
                 self.pc += 1
             else:
                 self.part(step, m)
-        elif step.ready and (m is None or m.any()) and not step.ready(self, m)[slice(None) if m is None else m].all():
+        elif step.ready and (m is None or m.any()) and not self.all_ready(step, m):
             self.pcs[:], self.pc = self.pc, -1
         elif step.stops or step.barrier or ((step.whole or step.mask) and m is not None):
             if step.barrier and m is None and self.n == len(self.batch.pcs) and step.execute.all_threads(self):
@@ -440,7 +442,7 @@ class Warps:
             self.collective(step, active, pc)
         else:
             if step.ready:
-                late = active & ~step.ready(self, active)
+                late = active & ~self.attempt(step, step.ready, active)
                 self.state[late] = PARKED
                 m, active = m & ~late, active & ~late
             if active.any():
@@ -476,16 +478,25 @@ class Warps:
 
     def execute(self, step: Step, m: np.ndarray | None) -> None:
         self.count(step, m)
+        self.attempt(step, step.execute, m)
+
+    def all_ready(self, step: Step, m: np.ndarray | None) -> bool:
+        ready = self.attempt(step, step.ready, m)
+        return bool((ready if m is None else ready[m]).all())
+
+    def attempt(self, step: Step, function: Any, m: np.ndarray | None):
+        """Call a part of an instruction; its faults get their place."""
         shadow = self.batch.shadow
         before = shadow and shadow.doubt
         try:
-            step.execute(self, m)
+            result = function(self, m)
         except Fault as fault:
             if before and fault.kind != "race":
                 raise before[1] from None
             raise self.explain(fault, step) from None
         if shadow and shadow.doubt and not before:
             shadow.doubt = (shadow.doubt[0], self.explain(shadow.doubt[1], step))
+        return result
 
     def explain(self, fault: Fault, step: Step) -> Fault:
         return Fault(fault.kind, f"{str(fault).partition(': ')[2]}\n  in {self.program.name}, {step.ins}")

@@ -139,7 +139,12 @@ class Wait:
         at, state = places(s, self.where(s), m), chosen(np.broadcast_to(self.state(s), s.n), m).astype(np.int64)
         phase = np.zeros(len(at), np.int64)
         for place in np.unique(at):
-            phase[at == place] = of(s, int(place)).phase
+            here, shadow = at == place, s.batch.shadow
+            if shadow is not None and place not in s.batch.mbarriers:
+                shadow.read(chosen(s.warp, m)[here], at[here], 8)  # too early: shows who begins it unordered
+                phase[here] = state[here]
+            else:
+                phase[here] = of(s, int(place)).phase
         out = np.zeros(s.n, bool)
         out[slice(None) if m is None else m] = phase & 1 != state & 1 if self.parity else phase > state
         return out

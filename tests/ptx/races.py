@@ -81,7 +81,8 @@ class SharedShadow:
         if bad.any():
             raise Fault(
                 "race",
-                "a warp reads shared memory that another wrote, with no barrier between" + self.who(g, bad, warp),
+                "a warp reads shared memory that another wrote, with no barrier between"
+                + self.who(g, np.asarray(bad), warp),
             )
         if proxy:
             other = (warp // clocks.warps * clocks.warps)[:, None] + np.minimum(writer, clocks.warps - 1)
@@ -90,7 +91,8 @@ class SharedShadow:
             if bad.any():
                 raise Fault(
                     "race",
-                    "an asynchronous read follows a write with no fence.proxy.async between" + self.who(g, bad, warp),
+                    "an asynchronous read follows a write with no fence.proxy.async between"
+                    + self.who(g, np.asarray(bad), warp),
                 )
         self.read_at[(warp % clocks.warps)[:, None], g] = clocks.now[warp][:, None]
 
@@ -113,11 +115,11 @@ class SharedShadow:
             bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
         if bad.any() and self.changes(at, size, values, np.asarray(bad.any(1))):
             text = "two warps write one place of shared memory, with no barrier between"
-            raise Fault("race", text + self.who(g, bad, warp))
+            raise Fault("race", text + self.who(g, np.asarray(bad), warp))
         bad = (self.read_at[:, g] > seen.T[: clocks.warps, :, None]).any(0)
         if bad.any():
             text = "a warp writes shared memory that another read, with no barrier between"
-            raise Fault("race", text + self.who(g, bad, warp))
+            raise Fault("race", text + self.who(g, np.asarray(bad), warp))
         mine = np.broadcast_to((warp % clocks.warps)[:, None], g.shape)
         self.writer[g] = mine
         if not atomic and (bad := self.writer[g] != mine).any() and self.disagree(at, size, values):
@@ -168,7 +170,7 @@ class SharedShadow:
         early = (self.read_at[:, g] > self.clocks.seen[warp].T[: self.clocks.warps, :, None]).any(0)
         if self.doubt and early.any():
             text = "a warp reads what another copies, with no barrier after the wait of the other"
-            raise Fault("race", text + self.who(g, early, warp))
+            raise Fault("race", text + self.who(g, np.asarray(early), warp))
         self.landing[g] = False
         self.written[g] = self.stored[g] = self.clocks.now[warp][:, None]
 
