@@ -34,12 +34,23 @@ def instead(old: str, new: str):
     return rewrite
 
 
+def patterns(old: str, new: str):
+    """Replace every match of a pattern."""
+
+    def rewrite(text: str) -> str:
+        assert re.search(old, text), old
+        return re.sub(old, new, text)
+
+    return rewrite
+
+
 def in_example(name: str, target: int, rewrite):
     return lambda seed: EXAMPLE[name].run(launch, target, emulator={"rewrite": rewrite, "seed": seed})
 
 
 FEW = instead("cp.async.wait_group \t2", "cp.async.wait_group 4")
 LATE = instead("cp.async.wait_group \t2;\n\tbar.sync \t0;", "bar.sync 0; cp.async.wait_group 2;")
+UNAWAITED = patterns(r"mbarrier.try_wait[^;]*;", "setp.eq.u32 complete, 0, 0;")
 REWRITES = {  # what is planted in the code of which example and target: the kind of fault
     ("softmax", 80, "no barrier before the last read", without("bar.sync", 1)): "race",
     ("softmax", 80, "no barrier before the next write", without("bar.sync", 2)): "race",
@@ -55,6 +66,12 @@ REWRITES = {  # what is planted in the code of which example and target: the kin
     ("matmul fp16 stages", 90, "no wait for the copy", without("cp.async.wait_group", 0)): "asynchronous copy",
     ("matmul fp16 stages", 90, "no wait for wgmma", without("wgmma.wait_group", 0)): "race",
     ("matmul fp16 stages", 90, "no fence of the proxy", without("fence.proxy.async", 0)): "race",
+    ("descriptor matmul", 90, "no wait on the mbarrier", UNAWAITED): "asynchronous copy",
+    ("descriptor matmul", 90, "too few bytes expected", patterns(" 8192;", " 4096;")): "asynchronous copy",
+    ("descriptor matmul", 90, "too many bytes expected", patterns(" 8192;", " 8208;")): "deadlock",
+    ("descriptor matmul bf16", 90, "no barrier before the refill", without("bar.sync", 6)): "race",
+    ("descriptor in kernel", 90, "no barrier after the mbarrier begins", without("bar.sync", 4)): "race",
+    ("descriptor in kernel", 90, "no fence of the proxy", without("fence.proxy.async.shared", 1)): "race",
 }  # fmt: skip
 
 
@@ -65,7 +82,9 @@ def test_fault_planted_in_triton_code_is_found(planted):
         with pytest.raises(Fault) as caught:
             in_example(name, target, rewrite)(seed)
         assert caught.value.kind == REWRITES[planted], caught.value
-        assert re.search(r"line \d+: .*\((elementwise|matmul|rows|standard)\.py:\d+\)", str(caught.value)), caught.value
+        assert re.search(
+            r"line \d+: .*\((descriptors|elementwise|matmul|rows|standard)\.py:\d+\)", str(caught.value)
+        ), caught.value
 
 
 @triton.jit

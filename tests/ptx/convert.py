@@ -15,7 +15,7 @@ from ptx.formats import (
     to_fp8,
     to_tf32,
 )
-from ptx.operands import LOCAL_WINDOW, SHARED_WINDOW, alu, reader, writer
+from ptx.operands import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, alu, reader, writer
 from ptx.parse import Instruction, Program, bits
 from ptx.table import finished, instruction, is_float, rounding
 
@@ -85,7 +85,9 @@ def move(ins: Instruction, program: Program):
 def convert_address(ins: Instruction, program: Program):
     """Generic addresses of shared and local memory lie in windows of their own."""
     space = ins.mods[1] if ins.mods[0] == "to" else ins.mods[0]
-    offset = np.uint64({"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}.get(space.partition("::")[0], 0))
+    offset = np.uint64(
+        {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}.get(space.partition("::")[0], 0)
+    )
     if ins.mods[0] == "to":
         return alu(ins, program, "u64", ["u64"], lambda a: a - offset)
     return alu(ins, program, "u64", ["u64"], lambda a: a + offset)

@@ -1,7 +1,8 @@
-"""Copies that go on while the warp computes: cp.async and its waits, mbarriers."""
+"""Copies that go on while the warp computes: cp.async and its waits."""
 
 import numpy as np
 
+from ptx.bulk import bulk
 from ptx.fault import Fault, Unknown
 from ptx.memory import chosen, reach
 from ptx.operands import address, reader
@@ -37,6 +38,8 @@ def copy(ins: Instruction, program: Program):
     kind = ins.mods[1]
     if ins.mods[0] != "async":
         raise Unknown("copy")
+    if kind == "bulk":
+        return bulk(ins, program)
     if kind in ("ca", "cg"):
         return copy_async(ins, program)
     if kind == "commit_group":

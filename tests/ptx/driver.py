@@ -13,7 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver as triton_driver
 from triton.runtime.cache import get_cache_manager
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ptx.bulk import TF32, TensorMap
 from ptx.counters import Profile
 from ptx.machine import Settings, run
 from ptx.memory import Buffer
@@ -27,10 +29,25 @@ def buffer(name: str, x: torch.Tensor, uninitialised: bool = False) -> Buffer:
     storage, size = x.untyped_storage(), x.element_size()
     raw = np.zeros(0, np.uint8)
     if storage.nbytes():
-        raw = np.frombuffer((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
+        raw = np.ctypeslib.as_array((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()))
     first = int(x.storage_offset()) * size
     elements = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
     return Buffer(name, raw, first, (first, first + int(elements) * size), uninitialised)
+
+
+def descriptor(name: str, x: TensorDescriptor, meta: dict | None) -> list:
+    """A tensor map, or for targets without TMA the tensor; then shape and strides."""
+    sizes = [*x.shape, *x.strides]
+    if meta is None:
+        return [buffer(name, x.base), *sizes, x.padding == "nan", x.round_f32_to_tf32, *sizes]
+    elemtype = TF32 if x.round_f32_to_tf32 else meta["elem_type"]
+    strides = tuple(n * meta["elem_size"] for n in x.strides[-2::-1])
+    box = tuple(meta["block_size"][::-1])
+    fill = int(x.padding == "nan")
+    return [
+        TensorMap(buffer(name, x.base), tuple(x.shape[::-1]), strides, box, elemtype, meta["swizzle"], fill),
+        *sizes,
+    ]
 
 
 class Launcher:
@@ -48,16 +65,21 @@ class Launcher:
         assert isinstance(driver, Driver)
         emulator = driver.emulator
         program, steps = program_of(emulator.rewrite(self.text) if emulator.rewrite else self.text, self.metadata.name)
+        maps = iter(self.metadata.tensordesc_meta or ())
         for (name, type), arg in zip(self.src.signature.items(), args, strict=True):
             if type == "constexpr":
                 continue
             if isinstance(arg, torch.Tensor):
                 values.append(buffer(name, arg, any(arg is t for t in emulator.uninitialised)))
+            elif isinstance(arg, TensorDescriptor):
+                values += descriptor(name, arg, next(maps, None))
             elif isinstance(arg, bool | int | float):
                 values.append(float(arg) if type in ("fp32", "fp64", "fp16", "bf16") else int(arg))
             else:
                 raise TypeError(f"argument {name} of {self.metadata.name} is a {arg.__class__.__name__}: not supported")
         if x * y * z:
+            if self.metadata.global_scratch_size:
+                values.append(Buffer("scratch", np.zeros(x * y * z * self.metadata.global_scratch_size, np.uint8)))
             launch = ((x, y, z), (program.threads,), values, self.metadata.shared)
             emulator.profiles.append(run(program, steps, emulator.settings, *launch))
 

@@ -8,13 +8,16 @@ blocks go in step, which is fast; with one, each warp goes alone, in an order dr
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ptx import arithmetic, bitwise, control, convert, copies, loads, tensor_core  # noqa: F401 (they fill the table)
+from ptx.bulk import BulkQueue, TensorMap
 from ptx.counters import Profile
 from ptx.fault import Fault, Unknown
 from ptx.formats import U
+from ptx.mbarrier import COLUMNS, Mbarrier, Wait
 from ptx.memory import Buffer, GlobalMemory
 from ptx.operands import SPECIAL, reader
 from ptx.parse import Instruction, Program, bits
@@ -35,6 +38,7 @@ class Step:
     def __init__(self, ins: Instruction, program: Program):
         self.ins = ins
         self.guard = (program.registers[ins.guard[0]][0], ins.guard[1]) if ins.guard else None
+        self.execute: Any = None
         self.jump, self.stops, self.flops = None, ins.name in ("ret", "exit"), flops(ins)
         self.mask = None
         if ins.name == "bra":
@@ -46,6 +50,7 @@ class Step:
                 self.execute = TABLE[ins.name](ins, program)
             except Unknown as e:
                 raise Unknown(f"{e}, {ins}") from None
+        self.ready = self.execute.ready if isinstance(self.execute, Wait) and self.execute.suspends else None
         self.barrier = ins.name in ("bar", "barrier") and ins.mods[0] != "warp"
         self.whole = ins.name in WHOLE_WARP or "aligned" in ins.mods
         if ins.name in BY_MASK or (ins.name == "bar" and ins.mods[0] == "warp"):
@@ -146,7 +151,7 @@ class Launch:
             raise ValueError(f"{program.name} takes {len(program.params)} arguments, got {len(args)}")
         variables = {n: v for n, v in program.variables.items() if v.space in ("const", "global")}
         module = [Buffer(n, np.frombuffer(v.data.ljust(v.size, b"\0"), np.uint8)) for n, v in variables.items()]
-        buffers = [a for a in args if isinstance(a, Buffer)]
+        buffers = [a.buffer if isinstance(a, TensorMap) else a for a in args if isinstance(a, Buffer | TensorMap)]
         self.memory = GlobalMemory(buffers + module)
         names = frozenset(b.name for b in buffers + module)
         self.profile = Profile(program.name, self.grid, self.threads, program.shared + shared, names, program.code)
@@ -160,6 +165,8 @@ class Launch:
     def encode(self, arg, size: int) -> bytes:
         if isinstance(arg, Buffer):
             return self.memory.address(arg).to_bytes(size, "little")
+        if isinstance(arg, TensorMap):
+            arg = arg.encode(self.memory.address(arg.buffer))
         if isinstance(arg, bytes):
             assert len(arg) == size, f"argument of {size} bytes, got {len(arg)}"
             return arg
@@ -194,10 +201,14 @@ class Batch:
         self.state[np.arange(n) % self.lanes_each >= launch.threads] = DONE
         self.barrier_id, self.barrier_count = np.zeros(n, np.int32), np.zeros(n, np.int32)
         self.arrived = {}  # (block, barrier): threads that arrived without waiting
-        self.mbarriers = {}
+        self.mbarriers: dict[int, Mbarrier] = {}  # by place in the flat shared memory
+        self.columns: dict[int, int] = {}  # of what warps know of bulk copies, by address of the mbarrier
+        self.tickets = 0  # of bulk copies
         self.shared_bytes = launch.shared_bytes
         self.shared = np.full(self.shared_bytes * len(blocks), 0xFF, np.uint8)
-        self.clocks = Clocks(len(blocks), self.warps_each)
+        self.clocks = Clocks(
+            len(blocks), self.warps_each, COLUMNS if any(i.name == "mbarrier" for i in launch.program.code) else 0
+        )
         self.shadow = None
         if launch.races:
             self.shadow = SharedShadow(
@@ -260,6 +271,11 @@ class Batch:
             warps = np.unique(np.flatnonzero(here) // 32)
             self.clocks.barrier(block, np.unique(np.concatenate([warps, *(w for _, w in early)])))
 
+    def wake(self) -> None:
+        """A phase of an mbarrier has ended: who waits for one looks again."""
+        waits = np.array([step.ready is not None for step in self.launch.steps] + [False])
+        self.state[(self.state == PARKED) & waits[self.pcs]] = RUN
+
     def deadlock(self) -> Fault:
         code, lines = self.launch.program.code, []
         kinds = set()
@@ -303,7 +319,7 @@ class Warps:
         zero = {w: np.zeros(n, U[w]) for w in U} | {1: np.zeros(n, bool)}
         self.R: list[np.ndarray] = [zero[w] for _, w in self.program.registers.values()]
         self.carry = np.zeros(n, bool)
-        self.copies = copies.Queue(n)
+        self.copies, self.bulk = copies.Queue(n), BulkQueue(n)
         self.products = tensor_core.Products(n)
 
     def make_special(self, thread: np.ndarray) -> dict[str, np.ndarray]:
@@ -368,6 +384,8 @@ class Warps:
                 self.pc += 1
             else:
                 self.part(step, m)
+        elif step.ready and (m is None or m.any()) and not self.all_ready(step, m):
+            self.pcs[:], self.pc = self.pc, -1
         elif step.stops or step.barrier or ((step.whole or step.mask) and m is not None):
             if step.barrier and m is None and self.n == len(self.batch.pcs) and step.execute.all_threads(self):
                 self.launch.profile.issued[self.pc] += self.n // 32
@@ -401,7 +419,7 @@ class Warps:
         m = runnable & (self.pcs == pc)
         self.turn[m] = self.stuck
         step = self.launch.steps[pc]
-        if m.all() and not (step.stops or step.barrier or ((step.whole or step.mask) and step.guard)):
+        if m.all() and not (step.stops or step.barrier or step.ready or ((step.whole or step.mask) and step.guard)):
             self.pc = pc
             return True
         active = self.guarded(step, m)
@@ -423,7 +441,12 @@ class Warps:
             self.pcs[m & ~active] = pc + 1
             self.collective(step, active, pc)
         else:
-            self.execute(step, active)
+            if step.ready:
+                late = active & ~self.attempt(step, step.ready, active)
+                self.state[late] = PARKED
+                m, active = m & ~late, active & ~late
+            if active.any():
+                self.execute(step, active)
             self.pcs[m] = pc + 1
         return True
 
@@ -455,16 +478,25 @@ class Warps:
 
     def execute(self, step: Step, m: np.ndarray | None) -> None:
         self.count(step, m)
+        self.attempt(step, step.execute, m)
+
+    def all_ready(self, step: Step, m: np.ndarray | None) -> bool:
+        ready = self.attempt(step, step.ready, m)
+        return bool((ready if m is None else ready[m]).all())
+
+    def attempt(self, step: Step, function: Any, m: np.ndarray | None):
+        """Call a part of an instruction; its faults get their place."""
         shadow = self.batch.shadow
         before = shadow and shadow.doubt
         try:
-            step.execute(self, m)
+            result = function(self, m)
         except Fault as fault:
             if before and fault.kind != "race":
                 raise before[1] from None
             raise self.explain(fault, step) from None
         if shadow and shadow.doubt and not before:
             shadow.doubt = (shadow.doubt[0], self.explain(shadow.doubt[1], step))
+        return result
 
     def explain(self, fault: Fault, step: Step) -> Fault:
         return Fault(fault.kind, f"{str(fault).partition(': ')[2]}\n  in {self.program.name}, {step.ins}")

@@ -156,15 +156,21 @@ def reach(s, ins, space: str, addr: np.ndarray, size: int, m, kind: str, values=
 def reach_global(s, ins, offset: np.ndarray, size: int, m, kind: str):
     launch, at = s.launch, chosen(offset, m)
     memory = launch.memory
-    memory.check(at, size)
+    touch_global(s, at, size, chosen(s.block_number, m), kind)
     launch.profile.count_global(ins, memory, offset, size, m, kind)
+    return memory.bytes, at
+
+
+def touch_global(s, at: np.ndarray, size: int, block: np.ndarray, kind: str) -> None:
+    """Check an access by blocks and remember it."""
+    launch, memory = s.launch, s.launch.memory
+    memory.check(at, size)
     if memory.written is not None:
         each = at[:, None] + np.arange(size)
         if kind != "write" and not memory.written[each].all():
             raise Fault("uninitialised", f"{memory.name(int(at[0]))} is read where nobody wrote")
         memory.written[each] = True
     if launch.shadow is not None:
-        block = chosen(s.block_number, m)
         try:
             if kind == "read":
                 launch.shadow.read(block, at, size)
@@ -173,7 +179,6 @@ def reach_global(s, ins, offset: np.ndarray, size: int, m, kind: str):
         except Fault as fault:
             text, _, place = str(fault).partition(": ")[2].partition("@")
             raise Fault("blocks", f"{text} in {memory.name(int(place))}") from None
-    return memory.bytes, at
 
 
 def resolve(s, addr: np.ndarray, m) -> tuple[str, np.ndarray]:

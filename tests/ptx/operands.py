@@ -13,7 +13,12 @@ from ptx.fault import Unknown
 from ptx.formats import DTYPE, U, from_bf16, to_bf16
 from ptx.parse import Instruction, Program, bits, split
 
-SHARED_WINDOW, LOCAL_WINDOW, GLOBAL_BASE = 1 << 24, 1 << 40, 1 << 41  # generic addresses of the spaces
+SHARED_WINDOW, PARAM_WINDOW, LOCAL_WINDOW, GLOBAL_BASE = (
+    1 << 24,
+    1 << 39,
+    1 << 40,
+    1 << 41,
+)  # generic addresses of the spaces
 SPECIAL = (
     *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
     *("%laneid", "%warpid", "%nwarpid", "%clock", "%clock64", "%globaltimer", "%smid", "%nsmid", "%gridid"),
@@ -106,6 +111,9 @@ def raw_reader(program: Program, text: str, type: str) -> Read:
         if space in ("shared", "local"):
             return lambda s: np.asarray(s.offset(name) + extra, np.int64).astype(out)
         return lambda s: np.asarray(s.launch.addresses[name] + extra, np.int64).astype(out)
+    if name in program.params:
+        offset = np.asarray(program.params[name][0] + int(plus or 0), U[bits(type)])
+        return lambda s: offset
     raise Unknown(f"operand {text}")
 
 

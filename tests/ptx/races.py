@@ -14,11 +14,11 @@ from ptx.fault import Fault
 class Clocks:
     """`now[i]` of warp i (block · warps + warp) and `seen[i, w]`, what it knows of warp w of its block."""
 
-    def __init__(self, blocks: int, warps: int):
+    def __init__(self, blocks: int, warps: int, columns: int = 0):
         self.blocks, self.warps = blocks, warps
         self.now = np.ones(blocks * warps, np.int32)
-        self.seen = np.zeros((blocks * warps, warps), np.int32)
-        self.fenced = np.zeros((blocks * warps, warps), np.int32)  # what `fence.proxy.async` has made visible
+        self.seen = np.zeros((blocks * warps, warps + columns), np.int32)  # the last columns: bulk copies
+        self.fenced = np.zeros_like(self.seen)  # what `fence.proxy.async` has made visible
         self.tick(slice(None))
 
     def tick(self, who) -> None:
@@ -26,7 +26,7 @@ class Clocks:
 
     def barrier(self, block: int | slice, warps) -> None:
         """The given warps of a block (or all of some blocks) have met."""
-        seen = self.seen.reshape(self.blocks, self.warps, self.warps)
+        seen = self.seen.reshape(self.blocks, self.warps, -1)
         if isinstance(block, slice):
             seen[block] = seen[block].max(1, keepdims=True)
             self.now.reshape(self.blocks, self.warps)[block] += 1
@@ -75,18 +75,24 @@ class SharedShadow:
             text = "shared memory is read that nobody wrote" + self.where(g, writer < 0)
             self.suspect(warp, Fault("uninitialised", text), False)
         bad = self.written[g] > clocks.seen[warp[:, None], writer]
+        if (bulk := bad & (writer >= clocks.warps)).any():
+            text = "shared memory is read before the wait on the mbarrier of the copy that fills it"
+            raise Fault("asynchronous copy", text + self.where(g, bulk))
         if bad.any():
             raise Fault(
                 "race",
-                "a warp reads shared memory that another wrote, with no barrier between" + self.who(g, bad, warp),
+                "a warp reads shared memory that another wrote, with no barrier between"
+                + self.who(g, np.asarray(bad), warp),
             )
         if proxy:
-            own = clocks.fenced[(warp // clocks.warps * clocks.warps)[:, None] + writer, writer]
-            bad = self.written[g] > np.maximum(own, clocks.fenced[warp[:, None], writer])
+            other = (warp // clocks.warps * clocks.warps)[:, None] + np.minimum(writer, clocks.warps - 1)
+            bad = self.written[g] > np.maximum(clocks.fenced[other, writer], clocks.fenced[warp[:, None], writer])
+            bad &= writer < clocks.warps
             if bad.any():
                 raise Fault(
                     "race",
-                    "an asynchronous read follows a write with no fence.proxy.async between" + self.who(g, bad, warp),
+                    "an asynchronous read follows a write with no fence.proxy.async between"
+                    + self.who(g, np.asarray(bad), warp),
                 )
         self.read_at[(warp % clocks.warps)[:, None], g] = clocks.now[warp][:, None]
 
@@ -109,11 +115,11 @@ class SharedShadow:
             bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
         if bad.any() and self.changes(at, size, values, np.asarray(bad.any(1))):
             text = "two warps write one place of shared memory, with no barrier between"
-            raise Fault("race", text + self.who(g, bad, warp))
-        bad = (self.read_at[:, g] > seen.T[:, :, None]).any(0)
+            raise Fault("race", text + self.who(g, np.asarray(bad), warp))
+        bad = (self.read_at[:, g] > seen.T[: clocks.warps, :, None]).any(0)
         if bad.any():
             text = "a warp writes shared memory that another read, with no barrier between"
-            raise Fault("race", text + self.who(g, bad, warp))
+            raise Fault("race", text + self.who(g, np.asarray(bad), warp))
         mine = np.broadcast_to((warp % clocks.warps)[:, None], g.shape)
         self.writer[g] = mine
         if not atomic and (bad := self.writer[g] != mine).any() and self.disagree(at, size, values):
@@ -123,6 +129,13 @@ class SharedShadow:
         if not atomic:
             self.store_writer[g], self.stored[g] = self.writer[g], self.written[g]
         self.landing[g] = landing
+
+    def deposit(self, warp: int, at: np.ndarray, size: int, column: int, ticket: int) -> None:
+        """A bulk copy that a warp began writes; those know of it who have heard of its ticket."""
+        self.write(np.full(len(at), warp), at, size)
+        g = self.granules(at, size)
+        self.writer[g] = self.store_writer[g] = column
+        self.written[g] = self.stored[g] = ticket
 
     def suspect(self, warp: np.ndarray, fault: Fault, certain: bool) -> None:
         """A warp came too early, for whichever reason: if another still writes there unordered, that is a race.
@@ -154,10 +167,10 @@ class SharedShadow:
     def land(self, warp: np.ndarray, at: np.ndarray, size: int) -> None:
         """An asynchronous copy has arrived, and its warp knows."""
         g = self.granules(at, size)
-        early = (self.read_at[:, g] > self.clocks.seen[warp].T[:, :, None]).any(0)
+        early = (self.read_at[:, g] > self.clocks.seen[warp].T[: self.clocks.warps, :, None]).any(0)
         if self.doubt and early.any():
             text = "a warp reads what another copies, with no barrier after the wait of the other"
-            raise Fault("race", text + self.who(g, early, warp))
+            raise Fault("race", text + self.who(g, np.asarray(early), warp))
         self.landing[g] = False
         self.written[g] = self.stored[g] = self.clocks.now[warp][:, None]
 
@@ -176,7 +189,10 @@ class SharedShadow:
 
     def who(self, g: np.ndarray, bad: np.ndarray, warp: np.ndarray) -> str:
         w = np.broadcast_to((warp % self.clocks.warps)[:, None], g.shape)[bad][0]
-        return self.where(g, bad) + f": warp {int(w)}; last written by warp {int(self.writer[g][bad][0])}"
+        return self.where(g, bad) + f": warp {int(w)}; last written by {self.writer_name(int(self.writer[g][bad][0]))}"
+
+    def writer_name(self, writer: int) -> str:
+        return f"warp {writer}" if writer < self.clocks.warps else "a bulk copy"
 
 
 class GlobalShadow:

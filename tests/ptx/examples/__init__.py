@@ -2,6 +2,7 @@
 
 import torch
 
+from ptx.examples.descriptors import descriptor_in, descriptor_in_kernel, descriptor_matmul, descriptor_matmul_kernel
 from ptx.examples.elementwise import (
     activation,
     activation_kernel,
@@ -78,6 +79,7 @@ e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
 FULL = {"D": 32, "BM": 32, "BN": 32, "CAUSAL": False}
 CAUSAL = {"D": 64, "BM": 64, "BN": 32, "CAUSAL": True}
 WIDE = matmul_meta(128, 256, num_warps=8)
+BOX = {"BM": 64, "BN": 64, "BK": 32, "STAGES": 3}
 SUM = 2e-6  # sums in float32, in another order
 EXAMPLES = (
     *(Example(f"add {str(t)[6:]}", add_kernel, add(t, 1000), 0.0, {"BLOCK": 256}) for t in (f32, bf16, f16, f64)),
@@ -135,4 +137,7 @@ EXAMPLES = (
     Example("cast f32 to bf16", cast_kernel, cast(f32, bf16), 0.0, {"BLOCK": 256}),
     Example("block pointer", block_pointer_kernel, block_pointer, SUM, {"BM": 16, "BN": 32}),
     Example("variance", variance_kernel, variance, SUM, {"R": 64, "C": 32}),
+    Example("descriptor matmul", descriptor_matmul_kernel, descriptor_matmul(100, 120, 96, f16), SUM, BOX),
+    Example("descriptor matmul bf16", descriptor_matmul_kernel, descriptor_matmul(64, 72, 200, bf16), SUM, BOX),
+    Example("descriptor in kernel", descriptor_in_kernel, descriptor_in, 0.0, {"BM": 16, "BN": 32}),
 )  # fmt: skip
