@@ -16,6 +16,7 @@ from octavius.data import Record
 from octavius.evaluate import Answers, evaluate, routing_map, write_answers
 from octavius.metrics import parse_boxes
 from octavius.model import Octavius
+from octavius.objects import ObjectStore
 from octavius.report import plots, write_report
 from octavius.scene_picture import save_picture
 from octavius.train import load_data, train
@@ -51,10 +52,8 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
         losses["LoRA"] = report["loss"]
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     samples = _samples(records, answers)
-    for sample, record in samples:
-        if record.cloud and stores.scenes:
-            file = folder / "scenes" / f"{record.id}.png"
-            sample["image"] = str(save_picture(model, stores.scenes, record.cloud, file) or "")
+    if stores.scenes:
+        _draw(samples, model, stores.scenes, folder / "scenes")
     write_report(folder / "report.html", metrics, [sample for sample, _ in samples], losses["LoRA-MoE"], routing)
     plots(folder, metrics, losses, routing)
     return metrics
@@ -123,6 +122,13 @@ def _samples(records: list[Record], answers: Answers, count: int = 12) -> list[t
         (_sample(records[index], answers.texts[index], answers.weights[index]), records[index])
         for index in turns[:count]
     ]
+
+
+def _draw(samples: list[tuple[dict[str, Any], Record]], model: Octavius, scenes: ObjectStore, folder: Path) -> None:
+    """A picture of every sample's cloud, named by its number: an id is text of the data, not a file name."""
+    for number, (sample, record) in enumerate(samples):
+        if record.cloud:
+            sample["image"] = str(save_picture(model, scenes, record.cloud, folder / f"{number:02d}.png") or "")
 
 
 def _sample(record: Record, text: str, weights: torch.Tensor) -> dict[str, Any]:

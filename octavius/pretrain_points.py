@@ -105,7 +105,8 @@ def load_encoder(name: str) -> PointBert:
         return load_pointbert(name)
     folder = assets.default_cache() / "points" / name
     if not (folder / "pointbert.safetensors").exists():
-        pretrain(folder, PretrainConfig(preset=name))
+        with torch.random.fork_rng():  # the caller draws the same numbers whether the encoder was there or not
+            pretrain(folder, PretrainConfig(preset=name))
     return load_pointbert(folder)
 
 

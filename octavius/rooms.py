@@ -7,6 +7,7 @@ is a cloud of its surfaces with 5 mm of noise, floor and two walls included. The
 
 import json
 import shutil
+import tempfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from octavius.furniture import CLASSES, Furniture
 from octavius.points import PointCloud
 from octavius.scan2inst import Builder, describe
 
+KIND = "mini-scan2inst"  # what the manifest says that the folder holds
 VERSION = 1  # of the builder: raise it whenever the same settings give other bytes
 SIDES = ("train", "test", "zeroshot")
 DENSITY, FEWEST, MOST = 180.0, 160, 700  # points of an object: per square metre of its box's surface, and limits
@@ -74,11 +76,11 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0) -> Path
             raise ValueError(f"size must be one of {', '.join(PRESETS)} or a rooms.Sizes, got {size!r}")
         size = PRESETS[size]
     hashes = {"furniture": assets.ASSETS["furniture"].sha256}
-    settings = {"version": VERSION, "seed": seed, "sizes": asdict(size), "assets": hashes}
+    settings = {"kind": KIND, "version": VERSION, "seed": seed, "sizes": asdict(size), "assets": hashes}
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / "manifest.json").exists():
+        manifest = _manifest(folder)
+        if manifest.get("kind") != KIND:
             raise ValueError(f"{folder} is not empty and holds no mini-Scan2Inst; choose another folder or empty it")
-        manifest = json.loads((folder / "manifest.json").read_text())
         if all(manifest.get(key) == value for key, value in settings.items()):
             return folder
     source = assets.need("furniture")
@@ -94,9 +96,21 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0) -> Path
         counts[side] = dict(sorted(Counter(record["benchmark"] for record in records).items()))
         (draft / f"{side}.json").write_text(json.dumps(records, indent=0) + "\n")
     (draft / "manifest.json").write_text(json.dumps(settings | {"records": counts}, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    if folder.exists():
+        folder.rename(aside / "old")
     draft.rename(folder)
+    shutil.rmtree(aside)
     return folder
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What `manifest.json` says; empty if there is none, or it is another's."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_side(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from octavius import assets, pretrain_points
-from octavius.pointbert import PRESETS, PointBertConfig, load_pointbert
+from octavius.pointbert import PRESETS, PointBert, PointBertConfig, load_pointbert
 from octavius.points import PointCloud
 from octavius.pretrain_points import PretrainConfig, augment, contrast, embed_texts, occupancy, pretrain
 
@@ -57,6 +57,21 @@ def test_a_minute_of_training_beats_chance(tmp_path, monkeypatch):
         assert scores["zero_shot_acc"] > 2.5 * scores["zero_shot_chance"]
         assert scores["image_recall@5"] > 2.5 * scores["image_chance@5"]
     assert load_pointbert(tmp_path).config == FAST
+
+
+def test_pretraining_leaves_the_callers_random_numbers(tmp_path, monkeypatch):
+    def seeded(folder, config):
+        torch.manual_seed(config.seed)
+        PointBert(FAST).save(folder)
+
+    monkeypatch.setattr(assets, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(pretrain_points, "pretrain", seeded)
+    drawn = []
+    for _ in range(2):  # pre-trained, then at hand
+        torch.manual_seed(5)
+        assert pretrain_points.load_encoder("small").config == FAST
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
 
 
 def test_unknown_encoder_is_named():

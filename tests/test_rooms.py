@@ -121,5 +121,28 @@ def test_wrong_folder_and_size_are_named(tmp_path):
     with pytest.raises(ValueError, match="size must be one of smoke, demo, mini"):
         rooms.build(tmp_path / "x", "huge")
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(ValueError, match="holds no mini-Scan2Inst"):
-        rooms.build(tmp_path, SIZES)
+    for manifest in (None, '{"version": 1}', '{"kind": "web app"}', "[]", "{"):
+        if manifest is not None:
+            (tmp_path / "manifest.json").write_text(manifest)
+        with pytest.raises(ValueError, match="holds no mini-Scan2Inst"):
+            rooms.build(tmp_path, SIZES)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_build_replaces_its_own_folder_alone(tmp_path, monkeypatch, stock):
+    monkeypatch.setattr(assets, "need", lambda name: tmp_path)
+    monkeypatch.setattr(furniture, "catalogue", lambda folder: list(stock))
+    monkeypatch.setattr(furniture, "load_points", lambda folder, models, cache: list(stock.values()))
+    monkeypatch.setattr(furniture, "split", lambda models: dict.fromkeys(rooms.SIDES, models))
+    one = rooms.build(tmp_path / "x", rooms.Sizes(1, 1, 1))
+    before = (one / "test.json").read_bytes()
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="stopped"):
+        broken.setattr(rooms, "write_side", stop)
+        rooms.build(one, rooms.Sizes(2, 1, 1))
+    assert (one / "test.json").read_bytes() == before
+    rooms.build(one, rooms.Sizes(2, 1, 1))
+    assert len(list((one / "clouds").iterdir())) == 4 and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def stop(*_):
+    raise RuntimeError("stopped")
