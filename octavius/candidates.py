@@ -12,7 +12,7 @@ import numpy as np
 from scipy.spatial import KDTree
 from sklearn.cluster import DBSCAN
 
-from octavius.points import PointCloud
+from octavius.points import DAMAGED, PointCloud
 
 MIN_POINTS = 8  # an object with fewer in its box is no object
 MAX_OBJECTS = 64
@@ -55,11 +55,30 @@ def read_boxes(path: str | Path) -> Boxes:
         else:
             raw = list(np.load(path, allow_pickle=False))
         boxes = [_extent(np.asarray(box, np.float64)) for box in raw]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path}: cannot be read as boxes: {error}") from error
     if not boxes:
         raise ValueError(f"{path}: must hold at least one box")
     return Boxes(np.stack(boxes), names or [""] * len(boxes))
+
+
+def boxes_within(path: Path) -> Boxes | None:
+    """The boxes that an .npz cloud carries, `boxes` [P, 6] or [P, 8, 3]; their names are its `ids` [P], else 0, 1 ...
+
+    Raises:
+        ValueError: they are not boxes, or not one whole number for each.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        if "boxes" not in arrays:
+            return None
+        try:
+            boxes = np.stack([_extent(np.asarray(box, np.float64)) for box in arrays["boxes"]])
+            ids = arrays["ids"] if "ids" in arrays else np.arange(len(boxes))
+        except DAMAGED as error:
+            raise ValueError(f"{path}: its boxes cannot be read: {error}") from error
+    if ids.shape != (len(boxes),) or ids.dtype.kind not in "iu" or len(set(ids.tolist())) < len(ids):
+        raise ValueError(f"{path}: ids must be {len(boxes)} different whole numbers, got {ids.shape} {ids.dtype}")
+    return Boxes(boxes, [str(number) for number in ids])
 
 
 def _extent(box: np.ndarray) -> np.ndarray:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from rich.progress import track
 
-from octavius.candidates import Boxes, objects_of
+from octavius.candidates import Boxes, boxes_within, objects_of
 from octavius.pointbert import PointBert, encode
 from octavius.points import read_cloud
 
@@ -115,16 +114,14 @@ class ObjectStore:
         if self.encoder is None:
             raise ValueError(f"{path}: a model without a point encoder reads precomputed objects only")
         cloud = read_cloud(path, unit)
-        numbers = None
+        numbered = False
         if boxes is None and path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                if "boxes" in arrays:
-                    numbers = arrays["ids"].tolist() if "ids" in arrays else list(range(len(arrays["boxes"])))
-                    boxes = Boxes(arrays["boxes"].astype(np.float32), [str(number) for number in numbers])
+            boxes = boxes_within(path)
+            numbered = boxes is not None
         kept, clouds = objects_of(cloud, boxes)
         dtype = torch.bfloat16 if torch.backends.mkldnn.is_available() else torch.float32
         features = encode(self.encoder, clouds, dtype=dtype).half()
-        ids = list(range(len(kept))) if numbers is None else [int(name) for name in kept.names]
+        ids = [int(name) for name in kept.names] if numbered else list(range(len(kept)))
         return Objects(features, torch.from_numpy(kept.boxes), ids)
 
     def _key(self, paths: list[Path]) -> str:

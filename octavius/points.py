@@ -5,6 +5,8 @@ A mesh is sampled, so that every file gives points. Points with NaN or infinite 
 
 import io
 import struct
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ LARGEST = 200.0  # metres: a longer scene is one in other units
 SMALLEST = 1e-3
 MAX_BAD = 0.05  # share of the points that may have no finite coordinates
 MESH_POINTS = 100_000  # drawn from the surface of a mesh
+DAMAGED = (  # what numpy and trimesh raise on files that are cut short, of another format, or lack their reader
+    OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, NotImplementedError,
+    struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def read_cloud(path: str | Path, unit: str = "m", seed: int = 0) -> PointCloud:
                 cloud = from_scene(scene, MESH_POINTS, np.random.default_rng(seed))
                 if suffix in (".obj", ".glb", ".gltf"):
                     cloud = PointCloud(z_up(cloud.xyz), cloud.rgb)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, struct.error, NotImplementedError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path}: cannot be read as a point cloud: {error}") from error
     return checked(PointCloud(cloud.xyz * np.float32(UNITS[unit]), cloud.rgb), str(path))
 

@@ -10,7 +10,7 @@ and torch tensors, and refuses every other type.
 import io
 import json
 import pickle
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,50 @@ def _storage(data: bytes) -> torch.Tensor:
     return torch.tensor([], dtype=loaded.dtype).set_(loaded._untyped_storage)
 
 
-def _array_types() -> dict[tuple[str, str], Any]:
-    """numpy's own pickling functions, under the names that its versions 1 and 2 write."""
-    found: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    functions: dict[str, Callable] = {
-        "_reconstruct": np.ndarray(0).__reduce__()[0],  # type: ignore[dict-item]
-        "scalar": np.float32(0).__reduce__()[0],  # type: ignore[dict-item]
-    }
-    for name, function in functions.items():
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            found[module, name] = function
-    return found
+class _Dtype:
+    """Stands for `numpy.dtype`: plain numbers and texts; of the pickled state only the order of the bytes is read."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[biufSU]\d{1,6}", code):
+            raise pickle.UnpicklingError(f"the dtype {code!r} is not allowed")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for `numpy.ndarray`: numpy's own would take pointers to objects from the file."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, columns_first, data = state
+        self.array = _values(dtype, data).reshape(shape, order="F" if columns_first else "C")
+
+
+def _values(dtype: _Dtype, data: bytes) -> np.ndarray:
+    """Numbers or texts out of their bytes, in the machine's order."""
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+        raise pickle.UnpicklingError("an array must be a dtype and bytes")
+    return np.frombuffer(data, dtype.dtype).astype(dtype.dtype.newbyteorder("="))
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    return _values(dtype, data).reshape(())[()]
+
+
+def _plain(value: Any) -> Any:
+    """What was unpickled, with real arrays for the stand-ins."""
+    if not isinstance(value, _Array):
+        return value
+    if value.array is None:
+        raise ValueError("an array has no content")
+    return value.array
 
 
 def _latin(text: str, encoding: str) -> bytes:
@@ -73,8 +106,11 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.storage", "_load_from_bytes"): _storage,
     ("collections", "OrderedDict"): dict,
     ("_codecs", "encode"): _latin,
-    **_array_types(),
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _Array,
 }
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and 2
+    ALLOWED |= {(_module, "_reconstruct"): _reconstruct, (_module, "scalar"): _scalar}
 
 
 class Unpickler(pickle.Unpickler):
@@ -97,16 +133,17 @@ def read_pickle(file: Path) -> tuple[list[dict[str, Any]], dict[Path, Objects]]:
     try:
         with file.open("rb") as stream:
             data = Unpickler(stream).load()
-        columns = [data[name] for name in LISTS]
+        columns = [[_plain(value) for value in _plain(data[name])] for name in LISTS]
+        names = [str(name) for name in _plain(data.get("scene_id_list", ()))]
         count = len(columns[0])
         if any(len(column) != count for column in columns):
             raise ValueError(f"its lists must be equally long, got {[len(column) for column in columns]}")
     except (
         OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, IndexError,
-        ImportError, RuntimeError, MemoryError,
+        ImportError, RuntimeError, MemoryError, OverflowError,
     ) as error:  # fmt: skip
         raise ValueError(f"{file}: cannot be read as a Scan2Inst pickle: {error}") from error
-    names = data.get("scene_id_list") or [str(row) for row in range(count)]
+    names = names or [str(row) for row in range(count)]
     records, scenes = [], {}
     for row, (turns, task, ref, props, ref_box, boxes) in enumerate(zip(*columns, strict=True)):
         key = Path(f"{names[row]}#{row}")
@@ -116,7 +153,7 @@ def read_pickle(file: Path) -> tuple[list[dict[str, Any]], dict[Path, Objects]]:
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise ValueError(f"{file}: record {row}: {error}") from error
         records.append(
-            {"id": str(key), "scene_id": str(names[row]), "pcl": str(key), "task_type": task, "conversations": turns}
+            {"id": str(key), "scene_id": names[row], "pcl": str(key), "task_type": task, "conversations": turns}
             | ({"object_id": REFERENCE} if one else {})
         )
     return records, scenes

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from octavius.candidates import Boxes, crop, objects_of, propose, read_boxes
+from octavius.candidates import Boxes, boxes_within, crop, objects_of, propose, read_boxes
 from octavius.points import PointCloud
 
 BOX = np.array([0, 1, 2, 3, 5, 7], np.float32)
@@ -52,6 +52,32 @@ def test_bad_boxes_are_named(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(ValueError, match=rf"x\.npy: .*{message}"):
         read_boxes(tmp_path / "x.npy")
+
+
+def test_empty_file_of_boxes_is_named(tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.npy: cannot be read as boxes"):
+        read_boxes(tmp_path / "x.npy")
+
+
+def test_boxes_within_a_cloud(tmp_path):
+    file = tmp_path / "x.npz"
+    for boxes in (BOX[None], CORNERS[None]):
+        np.savez(file, boxes=boxes, ids=[7])
+        found = boxes_within(file)
+        assert found and np.array_equal(found.boxes, [BOX]) and found.names == ["7"]
+    np.savez(file, xyz=CORNERS)
+    assert boxes_within(file) is None
+    for arrays, message in (
+        ({"boxes": np.zeros((2, 5))}, "boxes cannot be read: a box must be 8 corners"),
+        ({"boxes": np.zeros((0, 6))}, "boxes cannot be read"),
+        ({"boxes": BOX[None], "ids": [1, 2]}, "ids must be 1 different whole numbers"),
+        ({"boxes": [BOX, BOX], "ids": [3, 3]}, "ids must be 2 different whole numbers"),
+        ({"boxes": BOX[None], "ids": [0.5]}, "ids must be 1 different whole numbers"),
+    ):
+        np.savez(file, **arrays)
+        with pytest.raises(ValueError, match=rf"x\.npz: .*{message}"):
+            boxes_within(file)
 
 
 def test_crop_takes_what_is_inside():

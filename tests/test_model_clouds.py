@@ -197,6 +197,12 @@ def test_unreadable_cloud_is_reported(model, root, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"no cloud")
     bad = ObjectStore(model.encoder[0]).prepare([tmp_path / "bad.npy", root / "clouds/0.npz"])
     assert list(bad) == [tmp_path / "bad.npy"] and "cannot be read" in bad[tmp_path / "bad.npy"]
+    whole = (root / "clouds/2.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    np.savez(tmp_path / "flat.npz", **dict(np.load(root / "clouds/2.npz")) | {"boxes": np.zeros((3, 5))})
+    bad = ObjectStore(model.encoder[0]).prepare(tmp_path.glob("*.npz"))
+    assert "cannot be read as a point cloud" in bad[tmp_path / "cut.npz"]
+    assert "its boxes cannot be read" in bad[tmp_path / "flat.npz"]
 
 
 @pytest.mark.parametrize(

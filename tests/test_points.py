@@ -94,6 +94,21 @@ def test_damaged_file_is_named(tmp_path, name):
         read_cloud(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.ply", "x.binary.pcd"])
+@pytest.mark.parametrize("share", [0, 0.3, 0.9])
+def test_file_cut_short_is_named(tmp_path, name, share):
+    file = write(tmp_path / name, name.removeprefix("x."))
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        read_cloud(file)
+
+
+def test_format_without_its_reader_is_named(tmp_path):
+    (tmp_path / "x.dae").write_text("<COLLADA/>")
+    with pytest.raises(ValueError, match=r"x\.dae: cannot be read"):
+        read_cloud(tmp_path / "x.dae")
+
+
 def test_objects_in_an_array_are_not_unpickled(tmp_path):
     np.save(tmp_path / "x.npy", np.array([[{}, 1, 2]], object), allow_pickle=True)
     with pytest.raises(ValueError, match="pickle"):

@@ -1,5 +1,6 @@
 """Upstream's Scan2Inst files load as they are; a hostile pickle builds nothing."""
 
+import io
 import json
 import pickle
 
@@ -51,9 +52,20 @@ def test_pickled_numpy_arrays_load(tmp_path):
     assert torch.equal(list(scenes.values())[1].features, want)
 
 
+def test_array_is_built_of_its_bytes_alone():
+    numbers = np.arange(6, dtype=">i2").reshape(2, 3)
+    for array in (numbers, np.asfortranarray(numbers), np.array(["chair", "tv"]), np.zeros((0, 3), np.float32)):
+        found = upstream3d.Unpickler(io.BytesIO(pickle.dumps(array, 4))).load().array
+        assert np.array_equal(found, array) and found.shape == array.shape and found.flags.writeable
+    for shape, data in (((3,), b"A" * 16), ((2,), ["x", "y"]), ((2**70,), b"A" * 16)):
+        state = (1, shape, upstream3d._Dtype("f8"), False, data)
+        with pytest.raises((ValueError, OverflowError, pickle.UnpicklingError)):
+            upstream3d._Array().__setstate__(state)
+
+
 class Hostile:
-    def __init__(self, function, *arguments):
-        self.made = function, arguments
+    def __init__(self, function, *arguments, state=None):
+        self.made = (function, arguments, state) if state else (function, arguments)
 
     def __reduce__(self):
         return self.made
@@ -63,6 +75,15 @@ def boom(*arguments):
     raise AssertionError("the pickle ran a program")
 
 
+RECONSTRUCT = np.ndarray(0).__reduce__()[0]
+
+
+def pointers(code, flags):
+    """An array of objects whose addresses are bytes of the file."""
+    dtype = Hostile(np.dtype, code, False, True, state=(3, "|", None, None, None, -1, -1, flags))
+    return Hostile(RECONSTRUCT, np.ndarray, (0,), b"b", state=(1, (1,), dtype, False, b"A" * 8))
+
+
 HOSTILE = {
     "own function": Hostile(boom, 1),
     "eval": Hostile(eval, "boom()"),
@@ -70,6 +91,9 @@ HOSTILE = {
     "numpy load": Hostile(np.load, "x.npy"),
     "torch load": Hostile(torch.load, "x.pt"),
     "nested pickle": Hostile(pickle.loads, b"N."),
+    "pointers": pointers("O8", 0),
+    "pointers marked as such": pointers("O8", 63),
+    "structure": pointers("V8", 0),
 }
 
 
