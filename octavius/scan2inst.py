@@ -123,6 +123,7 @@ class Builder:
         self.rng = np.random.default_rng(seed)
         self.used: Counter[tuple[str, str]] = Counter()
         self.kinds: Counter[str] = Counter()
+        self.larger_first = 0  # questions of size that name the larger first, less those that name it last
 
     def write(self, scene: Scene) -> list[dict[str, Any]]:
         """The records of one scene."""
@@ -155,11 +156,21 @@ class Builder:
         self.used[asked.kind, asked.label] += 1
         self.kinds[asked.kind] += 1
         key = f"{asked.kind.replace(' ', '_')}_{'_'.join(asked.names).replace(' ', '_')}"
-        question = self._phrase(QUESTIONS[asked.kind], *asked.names)
+        names, labels = self._order(asked)
+        question = self._phrase(QUESTIONS[asked.kind], *names)
         item = next((o for o in scene.objects if o.id == asked.about), None)
-        truth = {"label": asked.label, "labels": list(asked.labels), "sentences": [asked.text], "kind": asked.kind}
+        truth = {"label": asked.label, "labels": labels, "sentences": [asked.text], "kind": asked.kind}
         record = _record(scene, key, "vqa3d", question, asked.text, item, **truth)
         return record | {"question_key": (asked.kind, asked.names)}
+
+    def _order(self, asked: Asked) -> tuple[tuple[str, ...], list[str]]:
+        """Names and labels as they are written: of two sizes the larger comes first and last equally often."""
+        if asked.kind != "size":
+            return asked.names, list(asked.labels)
+        first = bool(self.rng.integers(2)) if self.larger_first == 0 else self.larger_first < 0
+        self.larger_first += 1 if first else -1
+        names = asked.names if first else asked.names[::-1]
+        return names, list(names)
 
     def _phrase(self, texts: Sequence[str], *names: str) -> str:
         return texts[int(self.rng.integers(len(texts)))].format(*names)
@@ -200,9 +211,8 @@ def candidates(scene: Scene, names: Sequence[str]) -> list[Asked]:
             if side:
                 found.append(Asked("side", (anchor.name, other.name), SIDES[side], side, tuple(SIDES), anchor.id))
             if other.id != anchor.id and volume(anchor.box) > 2 * volume(other.box):
-                pair = [anchor.name, other.name] if (anchor.id + other.id) % 2 else [other.name, anchor.name]
-                text = f"The {anchor.name} is larger."
-                found.append(Asked("size", tuple(pair), text, anchor.name, tuple(pair), anchor.id))
+                pair, text = (anchor.name, other.name), f"The {anchor.name} is larger."
+                found.append(Asked("size", pair, text, anchor.name, pair, anchor.id))
         if anchor.colour:
             text = f"It is {anchor.colour}."
             found.append(Asked("colour", (anchor.name,), text, anchor.colour, COLOURS, anchor.id))
