@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from octavius.facts import COLOURS, OPPOSITE, Scene, SceneObject, in_corner, once, related, relation, volume
+from octavius.facts import COLOURS, OPPOSITE, Scene, SceneObject, gap, in_corner, once, related, relation, volume
 
 CLASSIFICATION = (
     "What kind of object is this point cloud?",
@@ -45,13 +45,13 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
     "over": (
         "What is over the {0}?",
-        "What is on top of the {0}?",
-        "Which object is placed over the {0}?",
+        "What is located above the {0}?",
+        "Which object is over the {0}?",
         "What can be found above the {0}?",
     ),
     "beneath": (
         "What is beneath the {0}?",
-        "What does the {0} stand on?",
+        "What is located below the {0}?",
         "Which object is below the {0}?",
         "What can be found under the {0}?",
     ),
@@ -92,6 +92,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Compare the {0} with the {1}: which one is larger?",
     ),
 }
+SUPPORT = {  # further phrasings, true only where the two touch
+    "over": ("What is on top of the {0}?", "What stands on the {0}?"),
+    "beneath": ("What does the {0} stand on?", "On top of what is the {0}?"),
+}
+TOUCHING = 0.05  # metres between two boxes of which one stands on the other
 SIDES = {"left": "On the left side.", "right": "On the right side.", "over": "It is over it.", "beneath": "Beneath it."}
 NUMBERS = ("1", "2", "3", "4", "5", "6")
 PLURALS = {"bookcase": "bookcases", "person": "people", "bench": "benches", "box": "boxes", "shelf": "shelves"}
@@ -107,6 +112,7 @@ class Asked:
     label: str
     labels: tuple[str, ...]
     about: int
+    touching: bool = False
 
 
 class Builder:
@@ -157,7 +163,8 @@ class Builder:
         self.kinds[asked.kind] += 1
         key = f"{asked.kind.replace(' ', '_')}_{'_'.join(asked.names).replace(' ', '_')}"
         names, labels = self._order(asked)
-        question = self._phrase(QUESTIONS[asked.kind], *names)
+        further = SUPPORT.get(asked.kind, ()) if asked.touching else ()
+        question = self._phrase(QUESTIONS[asked.kind] + further, *names)
         item = next((o for o in scene.objects if o.id == asked.about), None)
         truth = {"label": asked.label, "labels": labels, "sentences": [asked.text], "kind": asked.kind}
         record = _record(scene, key, "vqa3d", question, asked.text, item, **truth)
@@ -205,7 +212,8 @@ def candidates(scene: Scene, names: Sequence[str]) -> list[Asked]:
         for kind in (*OPPOSITE, "next to"):
             near = related(scene.objects, kind, anchor)
             if len(near) == 1 and near[0].name != anchor.name:
-                found.append(Asked(kind, (anchor.name,), _named(near[0]), near[0].name, labels, near[0].id))
+                touching = gap(anchor.box, near[0].box) < TOUCHING
+                found.append(Asked(kind, (anchor.name,), _named(near[0]), near[0].name, labels, near[0].id, touching))
         for other in single:
             side = relation(anchor.box, other.box) if other.id != anchor.id else None
             if side:

@@ -95,6 +95,19 @@ def test_no_answer_dominates_its_kind(many):
     assert len(phrasings) >= 5
 
 
+@pytest.mark.parametrize(("height", "stands"), [(1.0, True), (1.04, True), (1.8, False)])
+def test_support_is_asked_only_of_what_touches(height, stands):
+    lamp = SceneObject(1, "lamp", box(0.1, 0.1, height, 0.3, 0.3, 0.4), "red")
+    scene = Scene("room", "x.npz", ROOM, [SCENE.objects[0], lamp])
+    asked = Counter()
+    for seed in range(40):
+        for record in Builder(NAMES, seed, (0, 0, 6)).write(scene):
+            if record.get("kind") in ("over", "beneath"):
+                words = record["conversations"][0]["value"]
+                asked["stand" in words or "on top" in words.lower()] += 1
+    assert asked[False] > 20 and (asked[True] > 20) is stands and bool(asked[True]) is stands
+
+
 def test_order_of_words_does_not_tell_the_larger(many):
     sizes = [record for record in many[1] if record.get("kind") == "size"]
     first = Counter()
