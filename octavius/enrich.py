@@ -26,13 +26,22 @@ PROMPT = (
 KEPT = {*COLOURS, "left", "right", "larger", "bigger", "corner", "color", "many", "number", "where"}
 SAME = (
     {"over", "above", "top"},
-    {"beneath", "below", "under", "underneath", "on"},
+    {"beneath", "below", "under", "underneath"},
     {"next", "beside", "close", "near", "neighbour", "adjacent"},
     {"larger", "bigger", "size", "space"},
     {"many", "number", "count"},
     {"where", "side", "direction", "position", "located", "location"},
     {"color", "colour", "colored", "coloured"},
 )
+FIXED = KEPT.union(*SAME)
+NEUTRAL = {
+    "side",
+    "position",
+    "located",
+    "location",
+}  # beside a plainer word they say nothing: "on the left side"
+RELATIONS = {"left", "right"}.union(*SAME[:3])
+REVERSED = {"smaller", "smallest", "less", "least", "not", "isn", "doesn", "never"}
 LONGEST = 40  # words of a rephrased question
 
 
@@ -109,28 +118,43 @@ def clean(text: str) -> str:
 def keeps(source: str, question: str, names: Iterable[str]) -> bool:
     """The question is new, is one question of reasonable length, and names what its source does and nothing more.
 
-    Words that fix the answer (sides, colours, what is asked for) must stay, or be replaced by a word of their own kind.
+    Words that fix the answer (sides, colours, what is asked for) must stay, or be replaced by a word of their own kind,
+    and none may be added. Names keep their order, and a single name its place before or behind the relation.
     """
     if not question or question.count("?") != 1 or len(question.split()) > LONGEST:
         return False
     if question.casefold() == source.casefold():
         return False
+    forms = [{name, f"{name}s", f"{name}es", {"person": "people"}.get(name, name)} for name in names]
+    places = sorted((_place(source, spelt), _place(question, spelt)) for spelt in forms)
+    if any((old < 0) != (new < 0) for old, new in places):
+        return False
+    places = [place for place in places if place[0] >= 0]
+    order = [new for _, new in places]
     had, has = _words(source), _words(question)
-    forms = {name: {name, f"{name}s", f"{name}es", {"person": "people"}.get(name, name)} for name in names}
-    for spelt in forms.values():
-        if _says(source, spelt) != _says(question, spelt):
-            return False
-    for word in had & KEPT | {word for group in SAME for word in group if word in had}:
-        same = next((group for group in SAME if word in group), {word})
-        if not has & same:
-            return False
-    opposite = {"left": "right", "right": "left"}
-    return not any(word in had and other in has and other not in had for word, other in opposite.items())
+    fixed = had & FIXED
+    kinds = [next((group for group in SAME if word in group), {word}) for word in fixed - NEUTRAL or fixed]
+    return (
+        order == sorted(order)
+        and all(has & kind for kind in kinds)
+        and not has & REVERSED - had
+        and not has & FIXED - NEUTRAL.union(had, *kinds)
+        and (len(places) != 1 or _follows(source, places[0][0]) in (None, _follows(question, places[0][1])))
+    )
+
+
+def _follows(text: str, place: int) -> bool | None:
+    """Whether the name at `place` follows the relation word, which "on" is where there is no other; None without."""
+    at = [_place(text, RELATIONS & _words(text)), _place(text, {"on"})]
+    found = next((start for start in at if start >= 0), None)
+    return None if found is None else found < place
 
 
 def _words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.casefold()))
 
 
-def _says(text: str, forms: set[str]) -> bool:
-    return any(re.search(rf"\b{re.escape(form)}\b", text.casefold()) for form in forms)
+def _place(text: str, forms: set[str]) -> int:
+    """Where one of the forms first stands in the text as a whole word; -1 if none does."""
+    found = (re.search(rf"\b{re.escape(form)}\b", text.casefold()) for form in forms)
+    return min((match.start() for match in found if match), default=-1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from octavius.facts import COLOURS, OPPOSITE, Scene, SceneObject, in_corner, once, related, relation, volume
+from octavius.facts import COLOURS, OPPOSITE, Scene, SceneObject, gap, in_corner, once, related, relation, volume
 
 CLASSIFICATION = (
     "What kind of object is this point cloud?",
@@ -45,13 +45,13 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
     "over": (
         "What is over the {0}?",
-        "What is on top of the {0}?",
-        "Which object is placed over the {0}?",
+        "What is located above the {0}?",
+        "Which object is over the {0}?",
         "What can be found above the {0}?",
     ),
     "beneath": (
         "What is beneath the {0}?",
-        "What does the {0} stand on?",
+        "What is located below the {0}?",
         "Which object is below the {0}?",
         "What can be found under the {0}?",
     ),
@@ -92,6 +92,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Compare the {0} with the {1}: which one is larger?",
     ),
 }
+SUPPORT = {  # further phrasings, true only where the two touch
+    "over": ("What is on top of the {0}?", "What stands on the {0}?"),
+    "beneath": ("What does the {0} stand on?", "On top of what is the {0}?"),
+}
+TOUCHING = 0.05  # metres between two boxes of which one stands on the other
 SIDES = {"left": "On the left side.", "right": "On the right side.", "over": "It is over it.", "beneath": "Beneath it."}
 NUMBERS = ("1", "2", "3", "4", "5", "6")
 PLURALS = {"bookcase": "bookcases", "person": "people", "bench": "benches", "box": "boxes", "shelf": "shelves"}
@@ -107,6 +112,7 @@ class Asked:
     label: str
     labels: tuple[str, ...]
     about: int
+    touching: bool = False
 
 
 class Builder:
@@ -123,6 +129,7 @@ class Builder:
         self.rng = np.random.default_rng(seed)
         self.used: Counter[tuple[str, str]] = Counter()
         self.kinds: Counter[str] = Counter()
+        self.larger_first = 0  # questions of size that name the larger first, less those that name it last
 
     def write(self, scene: Scene) -> list[dict[str, Any]]:
         """The records of one scene."""
@@ -155,11 +162,22 @@ class Builder:
         self.used[asked.kind, asked.label] += 1
         self.kinds[asked.kind] += 1
         key = f"{asked.kind.replace(' ', '_')}_{'_'.join(asked.names).replace(' ', '_')}"
-        question = self._phrase(QUESTIONS[asked.kind], *asked.names)
+        names, labels = self._order(asked)
+        further = SUPPORT.get(asked.kind, ()) if asked.touching else ()
+        question = self._phrase(QUESTIONS[asked.kind] + further, *names)
         item = next((o for o in scene.objects if o.id == asked.about), None)
-        truth = {"label": asked.label, "labels": list(asked.labels), "sentences": [asked.text], "kind": asked.kind}
+        truth = {"label": asked.label, "labels": labels, "sentences": [asked.text], "kind": asked.kind}
         record = _record(scene, key, "vqa3d", question, asked.text, item, **truth)
         return record | {"question_key": (asked.kind, asked.names)}
+
+    def _order(self, asked: Asked) -> tuple[tuple[str, ...], list[str]]:
+        """Names and labels as they are written: of two sizes the larger comes first and last equally often."""
+        if asked.kind != "size":
+            return asked.names, list(asked.labels)
+        first = bool(self.rng.integers(2)) if self.larger_first == 0 else self.larger_first < 0
+        self.larger_first += 1 if first else -1
+        names = asked.names if first else asked.names[::-1]
+        return names, list(names)
 
     def _phrase(self, texts: Sequence[str], *names: str) -> str:
         return texts[int(self.rng.integers(len(texts)))].format(*names)
@@ -194,15 +212,15 @@ def candidates(scene: Scene, names: Sequence[str]) -> list[Asked]:
         for kind in (*OPPOSITE, "next to"):
             near = related(scene.objects, kind, anchor)
             if len(near) == 1 and near[0].name != anchor.name:
-                found.append(Asked(kind, (anchor.name,), _named(near[0]), near[0].name, labels, near[0].id))
+                touching = gap(anchor.box, near[0].box) < TOUCHING
+                found.append(Asked(kind, (anchor.name,), _named(near[0]), near[0].name, labels, near[0].id, touching))
         for other in single:
             side = relation(anchor.box, other.box) if other.id != anchor.id else None
             if side:
                 found.append(Asked("side", (anchor.name, other.name), SIDES[side], side, tuple(SIDES), anchor.id))
             if other.id != anchor.id and volume(anchor.box) > 2 * volume(other.box):
-                pair = [anchor.name, other.name] if (anchor.id + other.id) % 2 else [other.name, anchor.name]
-                text = f"The {anchor.name} is larger."
-                found.append(Asked("size", tuple(pair), text, anchor.name, tuple(pair), anchor.id))
+                pair, text = (anchor.name, other.name), f"The {anchor.name} is larger."
+                found.append(Asked("size", pair, text, anchor.name, pair, anchor.id))
         if anchor.colour:
             text = f"It is {anchor.colour}."
             found.append(Asked("colour", (anchor.name,), text, anchor.colour, COLOURS, anchor.id))

@@ -107,7 +107,8 @@ def _scan(folder: Path, name: str) -> tuple[PointCloud, dict[int, tuple[str, np.
     try:
         loaded: Any = trimesh.load(mesh, process=False)
         xyz = np.asarray(loaded.vertices, np.float64)
-        colours = np.asarray(getattr(loaded.visual, "vertex_colors", ()))
+        visual = loaded.visual  # of no kind where the file has no colours; trimesh then answers with its own grey
+        colours = np.asarray(getattr(visual, "vertex_colors", ()) if visual.kind else ())
         segments = np.array(_json(folder / f"{name}_vh_clean_2.0.010000.segs.json")["segIndices"])
         groups = _json(folder / f"{name}_vh_clean.aggregation.json")["segGroups"]
         if len(segments) != len(xyz):

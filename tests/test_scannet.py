@@ -60,6 +60,17 @@ def test_scan_is_aligned_and_annotated(tmp_path, turn):
     torch.testing.assert_close(batch["boxes"][0, 0], torch.tensor(want).float(), atol=2e-4, rtol=0)
 
 
+def test_scan_without_colours_says_none(tmp_path):
+    scan(tmp_path / "scans")
+    file = tmp_path / "scans" / NAME / f"{NAME}_vh_clean_2.ply"
+    mesh = trimesh.load(file, process=False)
+    trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).export(file)
+    (scene,) = read_scans(tmp_path / "scans", [NAME], tmp_path / "clouds")
+    assert [item.colour for item in scene.objects] == ["", ""]
+    records = Builder(["chair", "table"], per_scene=(2, 2, 6)).write(scene)
+    assert not any(record.get("kind") == "colour" or "gray" in str(record) for record in records)
+
+
 def test_what_people_wrote_is_used(tmp_path):
     scan(tmp_path / "scans")
     told = [{"scene_id": NAME, "object_id": "5", "object_name": "chair", "description": "a red  chair. it is small."}]
