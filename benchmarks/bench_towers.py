@@ -69,7 +69,7 @@ def main() -> None:
         store, start = FeatureStore(tower), time.perf_counter()
         (x, y), (u, v) = [
             (
-                torch.cat([store([r.image for r in s[i : i + 4]]) for i in range(0, len(s), 4)]).float(),
+                torch.cat([store([r.image for r in s[i : i + 4] if r.image]) for i in range(0, len(s), 4)]).float(),
                 token_labels(s, labels, int(tower.tokens**0.5)),
             )
             for s in sides

@@ -43,6 +43,7 @@ class Peft(torch.nn.Module):
         )
         self.llm = get_peft_model(llm, config)
         tower = ours.tower[0]
+        assert tower is not None
         table = llm.get_input_embeddings().weight
         self.projector = Projector(tower.tokens, tower.width, table.shape[1], "linear", table.float().std().item())
         self.vocab = table.shape[0]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from octavius.data import Record
@@ -73,6 +73,7 @@ def align(
     seen = see(records[:: max(1, len(records) // 256)]) @ solved
     solved *= LOUDNESS * table.std() / seen.std()
     last = projector.net[0]
+    assert isinstance(last, nn.Linear)
     last.weight.mul_(KEPT).add_(solved[:C].T)
     last.bias.copy_(mean)
     projector.positions.copy_(PLACE * solved[C:])
