@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from rich.progress import track
 
-from octavius.candidates import Boxes, boxes_within, objects_of
+from octavius.candidates import MIN_POINTS, Boxes, boxes_within, objects_of
 from octavius.pointbert import PointBert, encode
 from octavius.points import read_cloud
 
@@ -88,6 +88,14 @@ class ObjectStore:
             bad = {Path(path): why for path, why in loaded["bad"].items()}
         self.scenes |= found
         return bad
+
+    def lacking(self, regions: Iterable[Region]) -> dict[Region, str]:
+        """The regions about an object that its prepared cloud has not, each with the reason."""
+        return {
+            region: f"no object {region.object} among {scene.ids}; with fewer than {MIN_POINTS} points it is none"
+            for region in regions
+            if (scene := self.scenes.get(region.cloud)) and region.object is not None and region.object not in scene.ids
+        }
 
     def add(self, cloud: Path, boxes: Boxes | None = None, unit: str = "m") -> Objects:
         """Encode one cloud with given boxes, or with proposals, and remember it."""

@@ -193,6 +193,23 @@ def test_features_are_kept(model, root, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_records_of_absent_objects_are_dropped(parts, model, root, tmp_path, capsys):
+    items = json.loads((root / "train.json").read_text())
+    items = [item | {"pcl": str(root / item["pcl"])} for item in items] * 15
+    items[0] = items[0] | {"object_id": 99}
+    (tmp_path / "train.json").write_text(json.dumps(items))
+    config = Config(data=replace(tiny.data_config(parts, root_3d=str(tmp_path)), root=""))
+    loaded, stores = load_data(model, config, "train.json")
+    assert len(loaded) == len(items) - 1 and stores.scenes is not None
+    stores.scenes([record.cloud for record in loaded if record.cloud])
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "1 of 135 records" in shown and "no object 99 among [10]" in shown
+    items[1] = items[1] | {"object_id": 98}
+    (tmp_path / "train.json").write_text(json.dumps(items))
+    with pytest.raises(ValueError, match=r"2 of 135 records .* at most 1% may be"):
+        load_data(model, config, "train.json")
+
+
 def test_unreadable_cloud_is_reported(model, root, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"no cloud")
     bad = ObjectStore(model.encoder[0]).prepare([tmp_path / "bad.npy", root / "clouds/0.npz"])
