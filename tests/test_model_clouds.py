@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from octavius.candidates import read_boxes
 from octavius.chat import Scan, chat
 from octavius.config import CloudConfig, Config, TrainConfig, load_config
 from octavius.data import read_records
@@ -174,6 +175,17 @@ def test_chat_reads_files_and_draws(model, root, tmp_path):
     answer, experts = chat(model, Scan(tmp_path / "mm.npy", "mm", draw=tmp_path / "x.png"), "What?", max_new_tokens=3)
     assert isinstance(answer, str) and sum(weight for _, weight in experts) == pytest.approx(1)
     assert Image.open(tmp_path / "x.png").size == (480, 480)
+
+
+def test_boxes_are_in_the_unit_of_their_cloud(model, root, tmp_path):
+    arrays = dict(np.load(root / "clouds/2.npz"))
+    np.savez(tmp_path / "both.npz", **arrays | {name: arrays[name] * 1000 for name in ("xyz", "boxes")})
+    np.save(tmp_path / "points.npy", arrays["xyz"] * 1000)
+    np.save(tmp_path / "boxes.npy", arrays["boxes"] * 1000)
+    store = ObjectStore(model.encoder[0])
+    given = read_boxes(tmp_path / "boxes.npy")
+    for scene in (store.add(tmp_path / "both.npz", unit="mm"), store.add(tmp_path / "points.npy", given, "mm")):
+        torch.testing.assert_close(scene.boxes, torch.from_numpy(arrays["boxes"]))
 
 
 def test_attention_of_a_scene(model, root):
