@@ -13,7 +13,7 @@ from octavius.scene_picture import save_picture
 
 @dataclass(frozen=True)
 class Scan:
-    """A point cloud to ask about: its file, the unit of its coordinates, its boxes (None: proposals).
+    """A point cloud to ask about: its file, the unit of its points and boxes, its boxes (None: proposals).
 
     draw: a picture file that receives the cloud, the boxes and the attention they got.
     """

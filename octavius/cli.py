@@ -53,7 +53,7 @@ def chat(
     image: Annotated[Path | None, typer.Option(help="A picture.")] = None,
     points: Annotated[Path | None, typer.Option(help="A point cloud or mesh: .ply, .pcd, .npy, .obj ...")] = None,
     boxes: Annotated[Path | None, typer.Option(help="Boxes of its objects; without, they are proposed.")] = None,
-    unit: Annotated[str, typer.Option(help="Of the cloud's coordinates: m, cm, mm.")] = "m",
+    unit: Annotated[str, typer.Option(help="Of the coordinates of cloud and boxes: m, cm, mm.")] = "m",
     draw: Annotated[Path | None, typer.Option(help="Picture file for the cloud and its objects' attention.")] = None,
     model: Checkpoint = Path("runs/demo/model"),
     task: Annotated[str, typer.Option(help="Task type, for models trained with system messages.")] = "normal",

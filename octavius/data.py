@@ -31,17 +31,19 @@ class Stores(NamedTuple):
     pictures: FeatureStore | None = None
     scenes: ObjectStore | None = None
 
-    def prepare(self, records: "list[Record]") -> dict[Path, str]:
+    def prepare(self, records: "list[Record]") -> dict[Path | Region, str]:
         """Encode what the records show, once.
 
         Returns:
-            the unreadable files, each with the reason.
+            the unreadable files and the objects that their clouds lack, each with the reason.
         """
-        bad = {}
+        bad: dict[Path | Region, str] = {}
         if self.pictures:
             bad |= self.pictures.prepare([record.image for record in records if record.image])
         if self.scenes:
-            bad |= self.scenes.prepare(record.cloud.cloud for record in records if record.cloud)
+            regions = [record.cloud for record in records if record.cloud]
+            bad |= self.scenes.prepare(region.cloud for region in regions)
+            bad |= self.scenes.lacking(regions)
         return bad
 
 
@@ -161,21 +163,23 @@ def _objects(text: str, where: str) -> list[dict]:
         ) from error
 
 
-def drop_bad_pictures(records: list[Record], bad: dict[Path, str]) -> list[Record]:
-    """Leave out the records of unreadable pictures or clouds, naming them.
+def drop_bad_pictures(records: list[Record], bad: dict[Path | Region, str]) -> list[Record]:
+    """Leave out the records of unreadable pictures or clouds, and of objects that their cloud lacks, naming them.
 
     Args:
-        bad: file → why it cannot be read.
+        bad: file, or object of a cloud → why it cannot be read.
 
     Raises:
         ValueError: more than MAX_BAD_PICTURES of the records would go.
     """
-    kept = [record for record in records if record.source not in bad]
+    kept = [record for record in records if record.source not in bad and record.cloud not in bad]
     if not bad:
         return kept
-    names = "; ".join(f"{path}: {why}" for path, why in list(bad.items())[:5])
+    files = [(key.cloud if isinstance(key, Region) else key, why) for key, why in bad.items()]
+    names = "; ".join(f"{path}: {why}" for path, why in files[:5])
     lost = len(records) - len(kept)
-    count = f"{lost} of {len(records)} records have an unreadable picture or cloud ({len(bad)} files: {names})"
+    count = f"{lost} of {len(records)} records have an unreadable picture or cloud"
+    count += f" ({len({path for path, _ in files})} files: {names})"
     if lost > MAX_BAD_PICTURES * len(records):
         raise ValueError(f"{count}; at most {MAX_BAD_PICTURES:.0%} may be")
     console.print(f"skipped: {count}")

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.progress import track
 
-from octavius.candidates import Boxes, boxes_within, objects_of
+from octavius.candidates import MIN_POINTS, Boxes, boxes_within, objects_of
 from octavius.pointbert import PointBert, encode
-from octavius.points import read_cloud
+from octavius.points import UNITS, read_cloud
 
 
 class Region(NamedTuple):
@@ -89,8 +90,16 @@ class ObjectStore:
         self.scenes |= found
         return bad
 
+    def lacking(self, regions: Iterable[Region]) -> dict[Region, str]:
+        """The regions about an object that its prepared cloud has not, each with the reason."""
+        return {
+            region: f"no object {region.object} among {scene.ids}; with fewer than {MIN_POINTS} points it is none"
+            for region in regions
+            if (scene := self.scenes.get(region.cloud)) and region.object is not None and region.object not in scene.ids
+        }
+
     def add(self, cloud: Path, boxes: Boxes | None = None, unit: str = "m") -> Objects:
-        """Encode one cloud with given boxes, or with proposals, and remember it."""
+        """Encode one cloud with given boxes, or with proposals, and remember it; `unit` is of the points and boxes."""
         self.scenes[cloud] = self._encode(cloud, boxes, unit)
         return self.scenes[cloud]
 
@@ -118,6 +127,8 @@ class ObjectStore:
         if boxes is None and path.suffix == ".npz":
             boxes = boxes_within(path)
             numbered = boxes is not None
+        if boxes is not None:
+            boxes = Boxes(boxes.boxes * np.float32(UNITS[unit]), boxes.names)
         kept, clouds = objects_of(cloud, boxes)
         dtype = torch.bfloat16 if torch.backends.mkldnn.is_available() else torch.float32
         features = encode(self.encoder, clouds, dtype=dtype).half()

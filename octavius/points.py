@@ -192,6 +192,7 @@ def _from_pcd(data: bytes) -> PointCloud:
             header[line[0]] = line[1:]
     names, sizes, kinds = header["FIELDS"], list(map(int, header["SIZE"])), header["TYPE"]
     counts = list(map(int, header.get("COUNT", ["1"] * len(names))))
+    names = [f"_{row}" if name == "_" else name for row, name in enumerate(names)]  # padding may come repeatedly
     form = {"F": "f", "I": "i", "U": "u"}
     fields = [(n, f"<{form[k]}{s}", (c,)) for n, k, s, c in zip(names, kinds, sizes, counts, strict=True)]
     points, columns = int(header["POINTS"][0]), np.dtype(fields)

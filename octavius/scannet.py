@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import trimesh
 
+from octavius.candidates import MIN_POINTS
 from octavius.facts import Box, Scene, SceneObject, colour_name
 from octavius.points import PointCloud, checked
 
@@ -52,6 +53,8 @@ def read_scans(
         boxes, items = [], []
         for number, (label, rows) in sorted(objects.items()):
             points = cloud[rows]
+            if len(points) < MIN_POINTS:  # the model would not see it
+                continue
             box: Box = tuple(round(float(value), 4) for value in points.box)  # type: ignore[assignment]
             colour = "" if points.rgb is None else colour_name(points.rgb)
             said = tuple((captions or {}).get((name, number), ()))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from octavius.candidates import read_boxes
 from octavius.chat import Scan, chat
 from octavius.config import CloudConfig, Config, TrainConfig, load_config
 from octavius.data import read_records
@@ -176,6 +177,17 @@ def test_chat_reads_files_and_draws(model, root, tmp_path):
     assert Image.open(tmp_path / "x.png").size == (480, 480)
 
 
+def test_boxes_are_in_the_unit_of_their_cloud(model, root, tmp_path):
+    arrays = dict(np.load(root / "clouds/2.npz"))
+    np.savez(tmp_path / "both.npz", **arrays | {name: arrays[name] * 1000 for name in ("xyz", "boxes")})
+    np.save(tmp_path / "points.npy", arrays["xyz"] * 1000)
+    np.save(tmp_path / "boxes.npy", arrays["boxes"] * 1000)
+    store = ObjectStore(model.encoder[0])
+    given = read_boxes(tmp_path / "boxes.npy")
+    for scene in (store.add(tmp_path / "both.npz", unit="mm"), store.add(tmp_path / "points.npy", given, "mm")):
+        torch.testing.assert_close(scene.boxes, torch.from_numpy(arrays["boxes"]))
+
+
 def test_attention_of_a_scene(model, root):
     store = ObjectStore(model.encoder[0])
     boxes, shares = attention(model, store, Region(root / "clouds/2.npz"))
@@ -191,6 +203,23 @@ def test_features_are_kept(model, root, tmp_path):
     assert second.prepare(paths) == {} and next(tmp_path.glob("*.pt")).stat().st_mtime_ns == stamp
     one, other = (store([Region(path) for path in paths]) for store in (first, second))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_records_of_absent_objects_are_dropped(parts, model, root, tmp_path, capsys):
+    items = json.loads((root / "train.json").read_text())
+    items = [item | {"pcl": str(root / item["pcl"])} for item in items] * 15
+    items[0] = items[0] | {"object_id": 99}
+    (tmp_path / "train.json").write_text(json.dumps(items))
+    config = Config(data=replace(tiny.data_config(parts, root_3d=str(tmp_path)), root=""))
+    loaded, stores = load_data(model, config, "train.json")
+    assert len(loaded) == len(items) - 1 and stores.scenes is not None
+    stores.scenes([record.cloud for record in loaded if record.cloud])
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "1 of 135 records" in shown and "no object 99 among [10]" in shown
+    items[1] = items[1] | {"object_id": 98}
+    (tmp_path / "train.json").write_text(json.dumps(items))
+    with pytest.raises(ValueError, match=r"2 of 135 records .* at most 1% may be"):
+        load_data(model, config, "train.json")
 
 
 def test_unreadable_cloud_is_reported(model, root, tmp_path):

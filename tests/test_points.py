@@ -43,6 +43,14 @@ def test_formats_give_the_same_points(tmp_path, kind):
     np.testing.assert_allclose(cloud.rgb, RGB / 255, atol=1 / 510)
 
 
+def test_padded_pcd_is_read(tmp_path):
+    table = np.zeros(37, [("xyz", "<f4", 3), ("a", "u1", 4), ("intensity", "<f4"), ("b", "u1", 12)])
+    table["xyz"] = XYZ
+    header = "FIELDS x y z _ intensity _\nSIZE 4 4 4 1 4 1\nTYPE F F F U F U\nCOUNT 1 1 1 4 1 12\n"
+    (tmp_path / "x.pcd").write_bytes(f"{header}POINTS 37\nDATA binary\n".encode() + table.tobytes())
+    assert np.array_equal(read_cloud(tmp_path / "x.pcd").xyz, XYZ)
+
+
 def test_mesh_is_sampled_evenly_and_turned_upright(tmp_path):
     mesh = trimesh.creation.box((2, 3, 1))  # y up in the file
     mesh.export(tmp_path / "x.obj")

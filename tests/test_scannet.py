@@ -14,6 +14,7 @@ from octavius.scannet import read_captions, read_questions, read_scans
 from tests.test_pointbert import TINY
 
 NAME = "scene0000_00"
+NAMED = ("_2.0.010000.segs", ".aggregation")  # files of segments and of objects
 
 
 def scan(root, turn=0.0, shift=(1.0, 2.0, 0.5)):
@@ -69,6 +70,19 @@ def test_scan_without_colours_says_none(tmp_path):
     assert [item.colour for item in scene.objects] == ["", ""]
     records = Builder(["chair", "table"], per_scene=(2, 2, 6)).write(scene)
     assert not any(record.get("kind") == "colour" or "gray" in str(record) for record in records)
+
+
+def test_object_of_few_points_is_left_out(tmp_path):
+    scan(tmp_path / "scans")
+    segments, groups = (tmp_path / "scans" / NAME / f"{NAME}_vh_clean{end}.json" for end in NAMED)
+    found, listed = json.loads(segments.read_text()), json.loads(groups.read_text())
+    found["segIndices"][-5:] = [11] * 5
+    listed["segGroups"].append({"objectId": 9, "label": "cup", "segments": [11]})
+    segments.write_text(json.dumps(found))
+    groups.write_text(json.dumps(listed))
+    (scene,) = read_scans(tmp_path / "scans", [NAME], tmp_path / "clouds")
+    assert [item.id for item in scene.objects] == [0, 5]
+    assert np.load(tmp_path / scene.cloud)["ids"].tolist() == [0, 5]
 
 
 def test_what_people_wrote_is_used(tmp_path):
