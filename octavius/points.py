@@ -18,6 +18,7 @@ from trimesh.resolvers import FilePathResolver
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 LARGEST = 200.0  # metres: a longer scene is one in other units
 SMALLEST = 1e-3
+FARTHEST = 1000.0  # metres from the origin: there float32 still tells a tenth of a millimetre
 MAX_BAD = 0.05  # share of the points that may have no finite coordinates
 MESH_POINTS = 100_000  # drawn from the surface of a mesh
 DAMAGED = (  # what numpy and trimesh raise on files that are cut short, of another format, or lack their reader
@@ -61,7 +62,7 @@ def read_cloud(path: str | Path, unit: str = "m", seed: int = 0) -> PointCloud:
         seed: of the points drawn from a mesh.
     Raises:
         ValueError: no such file or format; no points; more than MAX_BAD of them without finite coordinates; a scene
-            longer than LARGEST, hence most likely in other units.
+            longer than LARGEST, hence most likely in other units; a coordinate beyond FARTHEST.
     """
     path = Path(path)
     if unit not in UNITS:
@@ -104,6 +105,11 @@ def checked(cloud: PointCloud, where: str) -> PointCloud:
     if length > LARGEST:
         raise ValueError(
             f"{where}: must be in metres, got a scene {length:.0f} long; give its unit ({', '.join(UNITS)})"
+        )
+    if (far := float(np.abs(cloud.xyz).max())) > FARTHEST:
+        raise ValueError(
+            f"{where}: must lie within {FARTHEST:.0f} m of the origin, got a coordinate of {far:.0f} m; "
+            "subtract a corner of the scene from its points and boxes"
         )
     if length < SMALLEST:
         raise ValueError(f"{where}: must extend over at least {SMALLEST} m, got {length:.2g}; is the unit right?")

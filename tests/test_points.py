@@ -74,6 +74,10 @@ BAD = {
     "all NaN": (np.full((5, 3), np.nan), "finite coordinates, got 5 points"),
     "too many NaN": (np.where(np.arange(37)[:, None] < 4, np.nan, XYZ), "4 of 37 points have NaN"),
     "millimetres": (XYZ * 1000, "must be in metres, got a scene .* long; give its unit"),
+    "a map's coordinates": (
+        np.add(XYZ, (500000.0, 5400000.0, 0.0)),
+        "within 1000 m of the origin, got .* 5400002 m",
+    ),
     "one place": (np.ones((9, 3)), "must extend over at least"),
     "columns": (XYZ[:, :2], r"must be \[n, 3\] xyz or \[n, 6\]"),
     "texts": (np.array([["a", "b", "c"]]), "numbers"),
