@@ -66,7 +66,8 @@ def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         records: each has `benchmark`, `prediction` (the answer text) and the ground truth of its data record:
             detection `object` ([{"label", "bbox"}]) and `labels`; caption `sentences`; classification `label` and
             `labels`; vqa `gt_choice` (index or letter) and `gt_choices`; hair and smile `attr` and `labels`;
-            classification3d as classification, caption3d as caption, vqa3d as both.
+            classification3d as classification, caption3d as caption, vqa3d as both; a vqa3d record that people
+            answered has `accepted`, the texts of `labels` of which an answer must name at least one.
     Returns:
         {benchmark: {"n": samples, "main": name of the main metric, "interval": [low, high] of the main metric,
         metric: value, ...}} with the metrics
@@ -283,6 +284,8 @@ def _truth(record: Mapping[str, Any]) -> Any:
             return _letter(record["gt_choice"], record["gt_choices"])
         case "vqa3d":
             _captions(record["sentences"])
+            for answer in record.get("accepted", ()):
+                _member(answer, record["labels"])
             return _member(record["label"], record["labels"])
         case "classification" | "classification3d":
             return _member(record["label"], record["labels"])
@@ -306,13 +309,19 @@ def _score_caption(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _score_accuracy(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    hits = np.array([_answer(record) == _truth(record) for record in group], dtype=float)
+    hits = np.array([_hit(record) for record in group], dtype=float)
     return {"Acc@1": float(hits.mean()), "interval": bootstrap(hits)}
 
 
 def _score_scene(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values, _ = _caption_scores([r["prediction"] for r in group], [r["sentences"] for r in group])
     return _score_accuracy(group) | values
+
+
+def _hit(record: Mapping[str, Any]) -> bool:
+    if accepted := record.get("accepted"):
+        return any(_mentions(record["prediction"], [answer]) for answer in accepted)
+    return _answer(record) == _truth(record)
 
 
 def _answer(record: Mapping[str, Any]) -> str | None:

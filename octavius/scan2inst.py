@@ -142,7 +142,7 @@ class Builder:
                 records.append(self._ask(scene, asked))
         for number, (question, answers) in enumerate(scene.questions):
             key = f"q{number}"
-            truth = {"label": answers[0], "labels": sorted(set(answers)), "sentences": answers}
+            truth = {"label": answers[0], "labels": sorted(set(answers)), "accepted": answers, "sentences": answers}
             records.append(_record(scene, key, "vqa3d", question, answers[0], None, **truth))
         for record in records:
             record.pop("question_key", None)

@@ -256,6 +256,19 @@ def test_score_of_scenes_is_accuracy_and_caption_metrics():
     assert {name: vqa[name] for name in said} == said
 
 
+@pytest.mark.parametrize(
+    ("prediction", "hit"),
+    [("A lamp.", 1), ("It is a red lamp.", 1), ("Two desk lights", 1), ("A lamp or light", 1), ("A bed.", 0), ("", 0)],
+)
+def test_any_accepted_answer_is_right(prediction, hit):
+    answers = ["lamp", "red lamp", "desk light"]
+    truth = {"label": "lamp", "labels": answers, "accepted": answers, "sentences": answers}
+    result = metrics.score([{"benchmark": "vqa3d", "prediction": prediction, **truth}])
+    assert result["vqa3d"]["Acc@1"] == hit
+    with pytest.raises(ValueError, match="'bed' is not among"):
+        metrics.score([{"benchmark": "vqa3d", "prediction": "", **truth, "accepted": ["bed"]}])
+
+
 @pytest.mark.parametrize("benchmark", metrics.KEYS)
 def test_score_missing_key_names_record_and_key(benchmark):
     record = next(r for r in RECORDS + SCENES if r["benchmark"] == benchmark)

@@ -169,7 +169,6 @@ def test_pictures_alone_refuse_clouds(parts, root):
 def test_chat_reads_files_and_draws(model, root, tmp_path):
     xyz = np.load(root / "clouds/2.npz")["xyz"]
     np.save(tmp_path / "mm.npy", xyz * 1000)
-    np.save(tmp_path / "boxes.npy", np.load(root / "clouds/2.npz")["boxes"])
     with pytest.raises(ValueError, match="must be in metres"):
         chat(model, Scan(tmp_path / "mm.npy"), "What is left?")
     answer, experts = chat(model, Scan(tmp_path / "mm.npy", "mm", draw=tmp_path / "x.png"), "What?", max_new_tokens=3)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,10 @@ def test_build_is_repeatable_and_holds_out_models(tmp_path):
     for file in files:
         if file.suffix == ".json":
             assert (one / file).read_bytes() == (other / file).read_bytes()
+        else:
+            with np.load(one / file) as a, np.load(other / file) as b:
+                assert sorted(a) == sorted(b) == ["boxes", "ids", "rgb", "xyz"]
+                assert all(np.array_equal(a[name], b[name]) for name in a)
     stamp = (one / "train.json").stat().st_mtime_ns
     assert rooms.build(one, SIZES) == one and (one / "train.json").stat().st_mtime_ns == stamp
     for side in rooms.SIDES:
@@ -142,6 +147,26 @@ def test_build_replaces_its_own_folder_alone(tmp_path, monkeypatch, stock):
     assert (one / "test.json").read_bytes() == before
     rooms.build(one, rooms.Sizes(2, 1, 1))
     assert len(list((one / "clouds").iterdir())) == 4 and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_every_side_shows_its_own_models(tmp_path, monkeypatch):
+    items = [model(label, number=n) for n in range(8) for label in ("chair", "sofa", "bed", "table")]
+    items = [replace(item, name=f"{item.name} {n}") for n, item in enumerate(items)]
+    items += [model(label, catalogue=furniture.UNSEEN) for label in ("chair", "lamp", "door", "table")]
+    stock, shown, annotate = {item: shell(item) for item in items}, {}, rooms.annotate
+
+    def watch(name, room, placed):
+        shown.setdefault(name.split("_")[0], set()).update(item.model.id for item in placed)
+        return annotate(name, room, placed)
+
+    monkeypatch.setattr(assets, "need", lambda name: tmp_path)
+    monkeypatch.setattr(furniture, "catalogue", lambda folder: list(stock))
+    monkeypatch.setattr(furniture, "load_points", lambda folder, models, cache: list(stock.values()))
+    monkeypatch.setattr(rooms, "annotate", watch)
+    rooms.build(tmp_path / "x", rooms.Sizes(8, 8, 4))
+    own = {side: {item.id for item in members} for side, members in furniture.split(items).items()}
+    assert set(shown) == set(rooms.SIDES) and all(shown[side] <= own[side] for side in shown)
+    assert all(len(ids) >= 3 for ids in shown.values()) and len(set.union(*own.values())) == len(items)
 
 
 def stop(*_):

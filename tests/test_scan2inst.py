@@ -49,7 +49,8 @@ def test_records_have_upstreams_form():
         if record["benchmark"] != "vqa3d":
             assert record["object_name"] == SCENE.objects[record["object_id"]].name
     written = next(record for record in records if record["id"] == "room_q0")
-    assert written["sentences"] == ["lamp", "red lamp"] and written["conversations"][1]["value"] == "lamp"
+    assert written["sentences"] == written["accepted"] == ["lamp", "red lamp"]
+    assert written["conversations"][1]["value"] == "lamp"
 
 
 def test_written_captions_win():
