@@ -6,7 +6,7 @@
 constexpr int kDotBlock = 24;          // weight rows that meet a part of the rows while it is in L1
 constexpr int64_t kDotBytes = 16384;   // of all rows in such a part
 constexpr int64_t kLaneWords = 1024;   // of depth, while a task's columns pass: a page of a weight row, panels from L2
-constexpr int kPanels = kVectors < 4 ? 2 : 4;  // of rows at once
+constexpr int kPanels = kVectors;       // of rows at once
 
 // acc[m · kDotBlock + n] (+)= sixteen partial sums of <row m, weight row n>, of M rows and N weight rows. x holds 64 bytes
 // of each row in turn. `ahead` bytes after what is read of the weight lies what will be read later.
@@ -153,7 +153,8 @@ __attribute__((noinline)) void lanes(const uint32_t* x, int64_t x_stride, const 
 template <class E, int V>
 void lanes_rows(const uint32_t* x, int64_t x_stride, const E* w, int64_t w_stride, int count, int64_t words, float* c,
                 int64_t c_stride, bool add_to, int64_t ahead) {
-  constexpr int N = kAccumulators / V, M = std::max(N / 3, 1);
+  // not more: weight rows a power of two apart share one set of twelve lines of L1
+  constexpr int N = std::min(kAccumulators / V, 12), M = std::max(N / 3, 1);
   int n = 0;
   const auto run = [&](auto rows) {
     for (; n + rows() <= count; n += rows())
@@ -175,7 +176,7 @@ void lanes_block(const Few<E>& job, int64_t at, const E* w, int64_t stride, int 
     };
     switch (std::min(panels - v, kPanels)) {
       case 1: run(std::integral_constant<int, 1>()); break;
-      case 2: run(std::integral_constant<int, 2>()); break;
+      case 2: run(std::integral_constant<int, std::min(2, kPanels)>()); break;
       case 3: run(std::integral_constant<int, std::min(3, kPanels)>()); break;
       default: run(std::integral_constant<int, kPanels>());
     }
