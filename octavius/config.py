@@ -62,7 +62,7 @@ class ModelConfig:
     tower_merge: int = 1  # of a ViT: join merge×merge neighbouring tokens into one
     projector: Literal["linear", "mlp"] = "linear"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    attn_implementation: str | None = None  # None: flash_attention_2 on a GPU that has it, else the fastest here
+    attn_implementation: str | None = None  # None: flash_attention_2 on a GPU that has it, grouped on a CPU
     system: bool = False  # begin with the task type's system message
     gate: GateConfig = field(default_factory=GateConfig)
     lora: MoELoRAConfig = field(
@@ -104,7 +104,7 @@ class TrainConfig:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    align: bool = False  # start the projector in closed form, see align.py, instead of at random
+    align: bool = False  # start the projectors in closed form, see align.py, instead of at random
     compile: bool = False  # torch.compile the decoder layers: pays from about five minutes of training
     save_steps: int = 200
     log_steps: int = 5
