@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from octavius import assets, minilamm, rooms
-from octavius.align import align
+from octavius.align import align, align_scenes
 from octavius.config import Config
 from octavius.data import (
     BucketSampler,
@@ -95,13 +95,8 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     data = InstructionData(records, model.conversation, *tokens)
     output = Path(config.train.output)
     last = resume and any(output.glob("checkpoint-*"))
-    pictured = [record for record in records if record.image]
-    if stores.pictures and pictured and not last:
-        some = pictured[:: max(1, len(pictured) // CALIBRATION)]
-        model.projector.calibrate(stores.pictures([record.image for record in some if record.image]))
-        if config.train.align:
-            table = model.llm.get_input_embeddings().weight
-            align(model.projector, pictured, stores.pictures, model.conversation.tokens, table)
+    if not last:
+        start(model, records, stores, config.train.align)
     if config.train.compile:
         compile_layers(model)
     trainer = OctaviusTrainer(
@@ -121,6 +116,19 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     }
     (output / "train.json").write_text(json.dumps(report, indent=1))
     return model, report
+
+
+def start(model: Octavius, records: list[Record], stores: Stores, aligned: bool) -> None:
+    """Set the projectors before training: statistics of what they read, and with `aligned` the closed form."""
+    words = model.conversation.tokens, model.llm.get_input_embeddings().weight
+    pictured = [record for record in records if record.image]
+    if stores.pictures and pictured:
+        some = pictured[:: max(1, len(pictured) // CALIBRATION)]
+        model.projector.calibrate(stores.pictures([record.image for record in some if record.image]))
+        if aligned:
+            align(model.projector, pictured, stores.pictures, *words)
+    if stores.scenes and aligned:
+        align_scenes(model.scene, records, stores.scenes, *words)
 
 
 def compile_layers(model: Octavius) -> None:
