@@ -93,7 +93,7 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0, assets:
         if not (folder / "manifest.json").exists():
             raise ValueError(f"{folder} is not empty and holds no mini-LAMM; choose another folder or empty it")
         manifest = json.loads((folder / "manifest.json").read_text())
-        if all(manifest.get(key) == value for key, value in settings.items()):
+        if all(manifest.get(key) == value for key, value in settings.items()) and whole(folder):
             return folder
     sets = (stamps.CATEGORIES, stamps.UNSEEN)
     known, unseen = (stamps.load(ready["stamps"], names) if "stamps" in ready else [] for names in sets)
@@ -120,6 +120,15 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0, assets:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def whole(folder: Path) -> bool:
+    """The three files are there, and every picture that they name."""
+    files = [folder / f"{side}.json" for side in SIDES]
+    if not all(file.is_file() for file in files):
+        return False
+    pictures = {record["image"] for file in files for record in json.loads(file.read_text())}
+    return all((folder / picture).is_file() for picture in pictures)
 
 
 def write_side(
