@@ -125,7 +125,7 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> Confi
     """Read a run.
 
     Args:
-        source: a YAML file, or the name of a preset (`demo`, `mini`, ...).
+        source: a YAML file, or the name of a preset (`demo`, `mini-2d`, ...).
         overrides: `section.key=value` settings that win over the file; values are YAML.
 
     Raises:

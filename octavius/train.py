@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from octavius import assets, minilamm, rooms
 from octavius.align import align, align_scenes
-from octavius.config import Config
+from octavius.config import Config, DataConfig
 from octavius.data import (
     BucketSampler,
     Collator,
@@ -28,6 +28,7 @@ from octavius.upstream3d import read_layout, read_pickle
 
 EMBEDDED = {"mini-lamm": minilamm.build, "mini-scan2inst": rooms.build}
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
+DONE = "train.json"  # what a finished run leaves
 CALIBRATION = 256  # pictures that the projector's statistics come from
 
 
@@ -46,7 +47,12 @@ def load_data(model: Octavius, config: Config, file: str, file_3d: str | None = 
         file: of pictures, under `data.root`.
         file_3d: of clouds, under `data.root_3d`; named like the other when None.
     """
-    data, records, scenes = config.data, [], {}
+    with assets.filling():
+        return _load_data(model, config.data, file, file_3d)
+
+
+def _load_data(model: Octavius, data: DataConfig, file: str, file_3d: str | None) -> tuple[list[Record], Stores]:
+    records, scenes = [], {}
     if data.root:
         records += read_records(data_folder(data.root) / file, data.images)
     if data.root_3d:
@@ -81,19 +87,23 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
 
     Args:
         config: the run.
-        resume: go on from the newest checkpoint in the output folder, if there is one.
+        resume: go on from the newest checkpoint in the output folder, if there is one; a finished run is only loaded.
 
     Returns:
         the model, and {"loss": [{"step", "loss"}, ...], "seconds", "tokens_per_second", "steps"}.
     """
     set_seed(config.train.seed)
     keep_freed_memory()
-    model = Octavius.from_config(config.model)
+    with assets.filling():
+        model = Octavius.from_config(config.model)
+    output = Path(config.train.output)
+    if resume and (output / DONE).exists():
+        model.load(output)
+        return model, json.loads((output / DONE).read_text())
     records, stores = load_data(model, config, config.data.train, config.data.train_3d)
     records = [r for r in records for _ in range(config.data.loop_3d if r.cloud else config.data.loop)]
     tokens = (model.image_tokens, config.data.max_tokens, True, model.cloud_tokens)
     data = InstructionData(records, model.conversation, *tokens)
-    output = Path(config.train.output)
     last = resume and any(output.glob("checkpoint-*"))
     if not last:
         start(model, records, stores, config.train.align)
@@ -114,7 +124,7 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         "tokens_per_second": trainer.tokens / result.metrics["train_runtime"],
         "steps": trainer.state.global_step,
     }
-    (output / "train.json").write_text(json.dumps(report, indent=1))
+    (output / DONE).write_text(json.dumps(report, indent=1))
     return model, report
 
 
