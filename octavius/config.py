@@ -74,7 +74,8 @@ class ModelConfig:
 class DataConfig:
     """Where the records are. `mini-lamm:SIZE`, `mini-scan2inst:SIZE` build the embedded data; else a root is a folder.
 
-    root, root_3d: of pictures and of clouds; None for none. loop, loop_3d: how often an epoch passes over each.
+    root, root_3d: of pictures and of clouds; None for none. loop, loop_3d: how often an epoch passes over each;
+    loop_detection: over the pictures' detections, whose long answers are learnt last.
     train_3d: a JSON file, or upstream's .pickle.
     """
 
@@ -82,6 +83,7 @@ class DataConfig:
     root_3d: str | None = None
     loop: int = 1
     loop_3d: int = 1
+    loop_detection: int = 1
     train: str = "train.json"
     train_3d: str = "train.json"
     images: str | None = None  # folder that the records' image paths start from; None: beside the JSON file

@@ -22,7 +22,7 @@ from octavius.model import Octavius
 from octavius.objects import ObjectStore
 from octavius.report import plots, write_report
 from octavius.scene_picture import save_picture
-from octavius.train import load_data, train
+from octavius.train import DONE, load_data, train
 
 
 def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[str, Any]:
@@ -37,10 +37,7 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
         what `metrics.json` holds: {"run": ..., "scores": {column: scores}, "zeroshot": {column: scores}}.
     """
     folder = Path(config.train.output)
-    lora = config.model.lora
-    single = replace(lora, num_experts=1, top_k=1, rank=lora.rank * lora.top_k, alpha=lora.alpha * lora.top_k)
-    plain = replace(config, model=replace(config.model, lora=single))
-    with _beside(plain, folder / "lora", resume) if baseline and not torch.cuda.is_available() else nullcontext():
+    with _single_lora(config, folder / "lora", resume) if baseline else nullcontext():
         model, report, scores, zeroshot, records, answers, stores = _train_and_score(config, folder / "model", resume)
     metrics = {
         "run": _conditions(config, model, report, answers),
@@ -51,10 +48,10 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
     write_answers(folder / "answers.jsonl", records, answers)
     losses = {"LoRA-MoE": report["loss"]}
     if baseline:
-        resume = resume or not torch.cuda.is_available()
-        _, report, scores, zeroshot, *_ = _train_and_score(plain, folder / "lora", resume)
-        metrics["scores"]["lora"], metrics["zeroshot"]["lora"] = scores[0], zeroshot[0]
-        losses["LoRA"] = report["loss"]
+        single = json.loads((folder / "lora/metrics.json").read_text())
+        for split in ("scores", "zeroshot"):
+            metrics[split]["lora"] = single[split]["moe"]
+        losses["LoRA"] = json.loads((folder / "lora/model" / DONE).read_text())["loss"]
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     samples = _samples(records, answers)
     if stores.scenes:
@@ -65,27 +62,35 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
 
 
 @contextmanager
-def _beside(config: Config, folder: Path, resume: bool) -> Iterator[None]:
-    """Train `config` into the folder in a process of its own, on half of the threads: two halves of a CPU's cores train
-    two models faster than all of them train one after the other."""
-    threads = torch.get_num_threads()
-    half = max(1, threads // 2)
+def _single_lora(config: Config, folder: Path, resume: bool) -> Iterator[None]:
+    """The same job with one LoRA of equal active rank, in a process of its own that has ended when the block has.
+
+    On a CPU it runs beside the block, each on half of the threads: that is faster than one after the other on all.
+    """
+    lora = config.model.lora
+    single = replace(lora, num_experts=1, top_k=1, rank=lora.rank * lora.top_k, alpha=lora.alpha * lora.top_k)
+    plain = replace(config, model=replace(config.model, lora=single), train=replace(config.train, output=str(folder)))
     folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "config.yaml"
-    settings.write_text(yaml.safe_dump(replace(config, train=replace(config.train, output=str(folder))).to_dict()))
-    command = [sys.executable, "-m", "octavius.cli", "train", "--config", str(settings), *["--resume"] * resume]
-    with (folder / "train.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(half)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(plain.to_dict()))))
+    command = [sys.executable, "-m", "octavius.cli", "demo", "--config", str(folder / "config.yaml")]
+    command += ["--resume"] * resume
+    threads, beside = torch.get_num_threads(), not torch.cuda.is_available()
+    half = max(1, threads // 2) if beside else threads
+    with (folder / "log.txt").open("w") as log:
+        pipes = {"stdout": log, "stderr": subprocess.STDOUT}
+        process = (
+            subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": str(half)}) if beside else None
         )
-    torch.set_num_threads(half)
-    try:
-        yield
-        if process.wait():
-            raise RuntimeError(f"training the single LoRA failed: see {folder / 'train.log'}")
-    finally:
-        process.kill()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(half)
+        try:
+            yield
+            failed = process.wait() if process else subprocess.call(command, **run)
+        finally:
+            torch.set_num_threads(threads)
+            if process:
+                process.kill()
+    if failed:
+        raise ValueError(f"the run of the single LoRA failed: see {folder / 'log.txt'}")
 
 
 def _train_and_score(config: Config, folder: Path, resume: bool):

@@ -101,9 +101,9 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         model.load(output)
         return model, json.loads((output / DONE).read_text())
     records, stores = load_data(model, config, config.data.train, config.data.train_3d)
-    records = [r for r in records for _ in range(config.data.loop_3d if r.cloud else config.data.loop)]
+    looped = [record for record in records for _ in range(loops(record, config.data))]
     tokens = (model.image_tokens, config.data.max_tokens, True, model.cloud_tokens)
-    data = InstructionData(records, model.conversation, *tokens)
+    data = InstructionData(looped, model.conversation, *tokens)
     last = resume and any(output.glob("checkpoint-*"))
     if not last:
         start(model, records, stores, config.train.align)
@@ -126,6 +126,13 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     }
     (output / DONE).write_text(json.dumps(report, indent=1))
     return model, report
+
+
+def loops(record: Record, data: DataConfig) -> int:
+    """How often an epoch passes over a record."""
+    if record.cloud:
+        return data.loop_3d
+    return data.loop_detection if record.task_type == "detection" else data.loop
 
 
 def start(model: Octavius, records: list[Record], stores: Stores, aligned: bool) -> None:
