@@ -12,10 +12,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,6 +24,10 @@ from octavius.config import from_dict
 from octavius.points import PointCloud
 
 PREFIXES = ("module.", "point_encoder.")
+UNREADABLE = (  # what torch and safetensors raise on files that are not there, cut short, hostile or another's
+    OSError, EOFError, RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError,
+    UnpicklingError, SafetensorError,
+)  # fmt: skip
 SMALLEST = 0.01  # metres: thinner objects all count as this thin
 
 
@@ -247,7 +252,7 @@ def load_pointbert(path: str | Path, config: PointBertConfig | None = None) -> P
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
             found = _ulip(loaded.get("state_dict", loaded.get("base_model", loaded)))
-    except Exception as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file}: cannot be read as a Point-BERT checkpoint: {error}") from error
     model = PointBert(config or PointBertConfig())
     own = model.state_dict()
@@ -265,7 +270,7 @@ def _ulip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     whole = any("point_encoder." in name for name in state)
     found = {}
     for name, tensor in state.items():
-        if whole and "point_encoder." not in name:
+        if (whole and "point_encoder." not in name) or not isinstance(tensor, torch.Tensor):
             continue
         for prefix in PREFIXES:
             name = name.removeprefix(prefix)

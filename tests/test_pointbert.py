@@ -1,10 +1,13 @@
 """The point encoder: farthest points, groups, a float64 reference of the transformer, checkpoints."""
 
+import io
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from octavius.pointbert import (
     PointBert,
@@ -158,9 +161,42 @@ def test_unfit_checkpoints_are_named(tmp_path):
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt: blocks.blocks.0.attn.proj.bias must be \(384,\) .* got \(12,\)"):
         load_pointbert(tmp_path / "x.pt")
-    (tmp_path / "bad.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+
+
+def saved(what) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(what, buffer)
+    return buffer.getvalue()
+
+
+HOSTILE = {
+    "empty": b"",
+    "text": b"hello world",
+    "command": b"cos\nsystem\n(S'true'\ntR.",
+    "class": pickle.dumps(PointBert, 2),
+    "number": pickle.dumps(3, 2),
+    "stack": b"(((((",
+    "text-cut": b"\x80\x02X\x03\x00\x00\x00\xff\xff\xff.",
+    "cut": saved({"a": torch.ones(99)})[:-60],
+    "list": saved([1]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_unreadable_checkpoints_are_refused(tmp_path, name, suffix):
+    (tmp_path / f"x{suffix}").write_bytes(HOSTILE[name])
+    with pytest.raises(ValueError, match="cannot be read as a Point-BERT checkpoint"):
+        load_pointbert(tmp_path / f"x{suffix}")
+
+
+def test_a_checkpoint_of_no_tensors_is_named(tmp_path):
+    torch.save({"cls_token": 3, "epoch": "x"}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"blocks\.blocks\.0.* got None"):
+        load_pointbert(tmp_path / "x.pt")
+    save_file({"cls_token": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_pointbert(tmp_path / "bad.pt")
+        load_pointbert(tmp_path / "x.safetensors")
 
 
 def test_config_is_checked():
