@@ -77,10 +77,8 @@ def _single_lora(config: Config, folder: Path, resume: bool) -> Iterator[None]:
     threads, beside = torch.get_num_threads(), not torch.cuda.is_available()
     half = max(1, threads // 2) if beside else threads
     with (folder / "log.txt").open("w") as log:
-        pipes = {"stdout": log, "stderr": subprocess.STDOUT}
-        process = (
-            subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": str(half)}) if beside else None
-        )
+        run = {"stdout": log, "stderr": subprocess.STDOUT, "env": os.environ | {"OMP_NUM_THREADS": str(half)}}
+        process = subprocess.Popen(command, **run) if beside else None
         torch.set_num_threads(half)
         try:
             yield
