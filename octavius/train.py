@@ -98,8 +98,10 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         model = Octavius.from_config(config.model)
     output = Path(config.train.output)
     if resume and (output / DONE).exists():
-        model.load(output)
-        return model, json.loads((output / DONE).read_text())
+        report = json.loads((output / DONE).read_text())
+        if report["steps"] >= config.train.steps:
+            model.load(output)
+            return model, report
     records, stores = load_data(model, config, config.data.train, config.data.train_3d)
     looped = [record for record in records for _ in range(loops(record, config.data))]
     tokens = (model.image_tokens, config.data.max_tokens, True, model.cloud_tokens)
