@@ -311,7 +311,7 @@ class _Call:
             x.stride(0), lora.stride(0), lora.stride(2), lora.stride(1),
             C=grid.C, INSTANCE=self.instance, EVEN_D=D % grid.BLOCK_D == 0, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=8 if grid.C > 64 and grid.BLOCK_T == 64 else 4,
+            num_warps=8 if grid.BLOCK_T == 64 and (grid.C > 64 or len(loras) > 1) else 4,
             num_stages=self._stages(self._shrink_stages(grid, loras)),
         )  # fmt: skip
         return hs if grid.splits == 1 else [self._summed(out, h) for out, h in zip(outs, hs, strict=True)]
@@ -357,7 +357,7 @@ class _Call:
             self.experts, self.gates, self.offsets, *self._seed(dropout), self.scale,
             self.T, self.N, self.L, self.N.bit_length(), *_three(Ds), F, self.E, tiles, groups,
             *_three([x.stride(0) for x in xs]), *weights[0].stride(), *lora.stride(),
-            C=self.step, INSTANCE=self.instance, BIAS=bias is not None,
+            MEMBERS=len(xs), C=self.step, INSTANCE=self.instance, BIAS=bias is not None,
             EVEN_D=all(D % tile.BLOCK_D == 0 for D in Ds), PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, F), BAND=8, **vars(tile),
         )  # fmt: skip
@@ -379,7 +379,8 @@ class _Call:
             C=grid.C, INSTANCE=self.instance, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(transposed, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
             num_warps=4 if few_warps and members == 1 else 8,
-            num_stages=self._stages(4 if self._hopper() else 3), **self._registers(),
+            num_stages=self._stages(4 if self._hopper() and members == 1 else 3 if members == 1 else 2),
+            **self._registers(),
         )  # fmt: skip
         return grads if grid.splits == 1 else [self._summed(out, grad) for out, grad in zip(outs, grads, strict=True)]
 
