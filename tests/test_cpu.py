@@ -26,6 +26,13 @@ CASES = (
     Case((1,) * 14, 1100, 17, 4, 2, 40),
     Case((1,) * 31, 1100, 17, 4, 2, 40),
     Case((1,) * 100, 64, 64, 8, 2, 8),
+    Case((1,) * 8, 1100, 130, 4, 2, 33),
+    Case((1,) * 9, 2090, 70, 4, 2, 5),
+    Case((2,) * 23, 261, 101, 6, 3, 16),
+    Case((60,), 2051, 97, 4, 2, 17),
+    Case((1,) * 70, 1100, 70, 40, 2, 20),
+    Case((33, 1, 2), 1100, 301, 4, 2, 12, packed=True),
+    Case((33, 40), 1100, 301, 4, 2, 12, dropout=0.2, packed=True),
     Case((1,) * 40, 33, 20, 32, 8, 1, dropout=0.1),
     Case((300,), 20, 16, 1, 1, 4),
     Case((4, 4), 8, 8, 4, 2, 2, experts=((1, 1), (1, 1))),
@@ -33,7 +40,7 @@ CASES = (
     Case((3, 0, 60, 1), 40, 90, 4, 2, 5, packed=True),
     Case((0, 20, 0), 13, 9, 4, 2, 3, dropout=0.3, packed=True),
 )
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def call(case, inputs, **change):
@@ -175,8 +182,8 @@ def _path():
 
 @needs_native
 def test_cpu_refuses_what_it_cannot_run():
-    x, weight, bias, lora_a, lora_b, routing = make(CASES[0], torch.float16)[:6]
-    with pytest.raises(ValueError, match=r"cannot run this call: x is torch\.float16"):
+    x, weight, bias, lora_a, lora_b, routing = make(CASES[0], torch.float64)[:6]
+    with pytest.raises(ValueError, match=r"cannot run this call: x is torch\.float64"):
         moe_lora.linear(x, weight, bias, lora_a, lora_b, routing, backend="cpu")
     assert moe_lora.explain(x, weight, lora_a, routing).backend == "reference"
 

@@ -4,8 +4,8 @@
 namespace moe_lora {
 
 #if defined(__x86_64__) && defined(__GNUC__)
-extern const Kernels<bf16> kAvx512Bf16Half, kAvx512Half;
-extern const Kernels<float> kAvx512Bf16Single, kAvx512Single;
+extern const Kernels<bf16> kAvx512Bf16;
+extern const Kernels<float> kAvx512;
 
 namespace {
 bool avx512() {
@@ -17,8 +17,8 @@ bool avx512_bf16() { return avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 const InstructionSet* instruction_sets() {
   static const InstructionSet sets[] = {
-      {"avx512_bf16", avx512_bf16, &kAvx512Bf16Half, &kAvx512Bf16Single},
-      {"avx512", avx512, &kAvx512Half, &kAvx512Single},
+      {"avx512_bf16", avx512_bf16, &kAvx512Bf16, &kAvx512},
+      {"avx512", avx512, nullptr, &kAvx512},
       {nullptr, nullptr, nullptr, nullptr},
   };
   return sets;

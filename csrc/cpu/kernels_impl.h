@@ -106,9 +106,17 @@ int row_segments(const E* rows, int64_t stride, int count, int64_t depth, const 
 }
 
 // Sixteen words whose low (only) parts are the elements at p.
-inline U elements(const bf16* p, bf16) { return words(p); }
-inline U elements(const float* p, bf16) { return words(load(p)); }
-inline U elements(const float* p, float) { return load_words(p); }
+template <class S>
+U elements(const S* p, bf16) {
+  if constexpr (std::is_same_v<S, bf16>)
+    return words(p);
+  else
+    return words(load(p));
+}
+template <class S>
+U elements(const S* p, float) {
+  return as_words(load(p));
+}
 
 // The same of n < 16 elements, zeros after them.
 template <class S, class E>
@@ -120,12 +128,16 @@ U elements(const S* p, int64_t n, E) {
 }
 
 // Sixteen whole words of one row: 32 bf16 or 16 floats.
-inline U row_words(const bf16* p, bf16) { return load_words(p); }
-inline U row_words(const float* p, float) { return load_words(p); }
-inline U row_words(const float* p, bf16) {
+template <class S>
+U row_words(const S* p, bf16) {
+  if constexpr (std::is_same_v<S, bf16>) return load_words(p);
   bf16 buffer[2 * kLanes];
   store(buffer, load(p)), store(buffer + kLanes, load(p + kLanes));
   return load_words(buffer);
+}
+template <class S>
+U row_words(const S* p, float) {
+  return as_words(load(p));
 }
 
 // Columns from the rows of a matrix: sixteen rows become one panel.
@@ -160,15 +172,22 @@ void pack_down(Row row, int64_t columns, int64_t depth, uint32_t* out) {
     const S* high = kPer<E> == 2 && w * 2 + 1 < depth ? row(w * 2 + 1) : nullptr;
     for (int64_t first = 0; first < columns; first += kLanes) {
       U x = elements(low + first, columns - first, E());
-      if (high) x = join(x, elements(high + first, columns - first, E()));
+      if constexpr (kPer<E> == 2)
+        if (high) x = join(x, elements(high + first, columns - first, E()));
       store_words(out + (first * all) + w * kLanes, x);  // first / 16 panels of all · 16 words
     }
   }
 }
 
+// `expert` of a source.
+template <class S>
+const S* expert_of(const Source& source, int expert) {
+  return (const S*)source.matrix.data + (source.used ? source.used[expert] : expert) * source.expert_stride;
+}
+
 template <class S, class E>
 void pack_as(const Source& source, int expert, int64_t first, int64_t columns, int64_t depth, uint32_t* panels) {
-  const S* data = (const S*)source.matrix.data + expert * source.expert_stride;
+  const S* data = expert_of<S>(source, expert);
   const int64_t stride = source.matrix.stride;
   if (source.across)
     pack_across<S, E>(data + first * stride, stride, columns, depth, panels);
@@ -179,10 +198,11 @@ void pack_as(const Source& source, int expert, int64_t first, int64_t columns, i
 // Panels of 16 columns each, words_of(depth) · 16 words; what is past the columns or the depth is zero.
 template <class E>
 void pack(const Source& source, int expert, int64_t first, int64_t columns, int64_t depth, uint32_t* panels) {
-  if (source.matrix.is_float)
-    pack_as<float, E>(source, expert, first, columns, depth, panels);
-  else
-    pack_as<E, E>(source, expert, first, columns, depth, panels);
+  switch (source.matrix.kind) {
+    case Kind::kFloat: return pack_as<float, E>(source, expert, first, columns, depth, panels);
+    case Kind::kBf16: return pack_as<bf16, E>(source, expert, first, columns, depth, panels);
+    case Kind::kFp16: return pack_as<fp16, E>(source, expert, first, columns, depth, panels);
+  }
 }
 
 // The dropout bits of elements first .. first + n: element i is kept if the result's [i] >= threshold.
@@ -209,18 +229,13 @@ inline void drop(const Mask& mask, int64_t first, int64_t n, const float* x, flo
   for (int64_t i = 0; i < n; ++i) out[i] = bits[i] >= mask.threshold ? x[i] : 0;
 }
 
-inline F floats(const float* p, int64_t n) {
+// n elements, zeros after them.
+template <class S>
+F floats(const S* p, int64_t n) {
   if (n >= kLanes) return load(p);
-  float buffer[kLanes] = {};
-  if (n > 0) std::memcpy(buffer, p, n * sizeof(float));
+  S buffer[kLanes] = {};
+  if (n > 0) std::memcpy((void*)buffer, p, n * sizeof(S));
   return load(buffer);
-}
-
-inline F floats(const bf16* p, int64_t n) {
-  if (n >= kLanes) return widen(p);
-  bf16 buffer[kLanes] = {};
-  if (n > 0) std::memcpy(buffer, p, n * sizeof(bf16));
-  return widen(buffer);
 }
 
 template <class E>
@@ -231,61 +246,63 @@ void store_some(E* p, F x, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(E));
 }
 
-// From z [rows][slots · groups · 16] of one tile to h and s, or from z and h to s, kept_s and dgates.
+// From z [rows][K · groups · 16] of one tile to h and s, or from z and h to s, kept_s and dgates.
 template <class E>
 void fold(const Shrink<E>& job, const Tile& t, const float* z) {
-  const int64_t even = words_of<E>(job.R) * kPer<E>, wide = job.groups * kLanes, first = int64_t(t.slot) * kTile * even;
-  std::memset((void*)(job.s + first), 0, t.rows * t.slots * even * sizeof(E));
-  if (job.kept) std::memset((void*)(job.kept_s + first), 0, t.rows * t.slots * even * sizeof(E));
-  for (int64_t r = 0; r < t.rows; ++r)
-    for (int64_t k = 0, at = (t.row + r) * job.K; k < job.K; ++k, ++at) {
-      const int64_t place = r * t.slots + job.slots[at];
-      const float* source = z + place * wide;
-      const F gate = spread(job.gates[at]);
-      E* s = job.s + first + place * even;
+  const int64_t even = words_of<E>(job.R) * kPer<E>, wide = job.groups * kLanes, K = job.routes.K;
+  std::memset((void*)(job.s + t.row * K * even), 0, t.rows * K * even * sizeof(E));
+  if (job.kept) std::memset((void*)(job.kept_s + t.row * K * even), 0, t.rows * K * even * sizeof(E));
+  for (int64_t row = t.row; row < t.row + t.rows; ++row)
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t pick = job.routes.instance[row] * K + k, place = row * K + job.routes.places[pick];
+      const float* source = z + (place - t.row * K) * wide;
+      const F gate = spread(job.gates[pick]);
+      E* s = job.s + place * even;
       F product = zero();
       for (int64_t i = 0; i < job.R; i += kLanes) {
         const F value = load(source + i);
         store_some(s + i, multiply(gate, value), job.R - i);
-        if (job.h) store_some(job.h + at * job.R + i, value, job.R - i);
+        if (job.h) store_some(job.h + (row * K + k) * job.R + i, value, job.R - i);
         if (job.kept) {
-          const F h = floats(job.kept + at * job.R + i, job.R - i);
+          const F h = floats(job.kept + (row * K + k) * job.R + i, job.R - i);
           product = multiply_add(i + kLanes > job.R ? floats(source + i, job.R - i) : value, h, product);
-          store_some(job.kept_s + first + place * even + i, multiply(gate, h), job.R - i);
+          store_some(job.kept_s + place * even + i, multiply(gate, h), job.R - i);
         }
       }
-      if (job.kept) job.dgates[at] = total(product);
+      if (job.kept) job.dgates[row * K + k] = total(product);
     }
 }
 
 template <class E>
 void shrink(const Shrink<E>& job, int64_t begin, int64_t end) {
   const Blocks blocks(words_of<E>(job.D));
-  const int64_t wide = job.groups * kLanes, step = blocks.size * kPer<E>;
-  const int64_t slots = job.tiles[end - 1].slot + job.tiles[end - 1].slots - job.tiles[begin].slot;
+  const int64_t wide = job.groups * kLanes, row_wide = job.routes.K * wide, step = blocks.size * kPer<E>;
   auto* dropped = job.mask.on ? (E*)scratch(kRows, kTile * step * sizeof(E)) : nullptr;
-  auto* sums = (float*)scratch(kSums, slots * kTile * wide * sizeof(float));
+  auto* sums = (float*)scratch(kSums, (end - begin) * kTile * row_wide * sizeof(float));
   for (int64_t d = 0; d < job.D; d += step)
     for (int64_t i = begin; i < end; ++i) {
-      const Tile& t = job.tiles[i];
-      const int64_t panels = t.slots * job.groups, depth = std::min(step, job.D - d);
-      float* z = sums + int64_t(t.slot - job.tiles[begin].slot) * kTile * wide;
+      const Tile& t = job.routes.tiles[i];
+      const int64_t depth = std::min(step, job.D - d);
+      float* z = sums + (i - begin) * kTile * row_wide;
       const E* rows = job.rows + t.row * job.stride + d;
       for (int r = 0; dropped && r < t.rows; ++r)
         drop(job.mask, (t.row + r) * job.D + d, depth, rows + r * job.stride, dropped + r * step);
-      for (int64_t p = 0; p < panels; p += kVectors) {
-        const int n = std::min<int64_t>(kVectors, panels - p);
-        const uint32_t* b[kVectors];
-        for (int v = 0; v < n; ++v) {
-          const int64_t panel = job.experts[t.slot + (p + v) / job.groups] * job.groups + (p + v) % job.groups;
-          b[v] = job.panels + (panel * blocks.words + d / kPer<E>) * kLanes;
+      if (dropped) rows = dropped;
+      const int64_t stride = dropped ? step : job.stride;
+      for (const Run* run = job.routes.runs + t.run; run < job.routes.runs + t.run + t.runs; ++run)
+        for (int64_t p = 0, panels = run->count * job.groups; p < panels; p += kVectors) {
+          const int n = std::min<int64_t>(kVectors, panels - p);
+          const uint32_t* b[kVectors];
+          for (int v = 0; v < n; ++v) {
+            const int64_t panel = job.routes.experts[run->first + (p + v) / job.groups] * job.groups + (p + v) % job.groups;
+            b[v] = job.panels + (panel * blocks.words + d / kPer<E>) * kLanes;
+          }
+          Segment s[2];
+          uint32_t odd[kTile];
+          const int64_t r = run->row - t.row;
+          const int count = row_segments(rows + r * stride, stride, run->rows, depth, b, n, s, odd);
+          tile<E>(s, count, run->rows, n, z + r * row_wide + p * kLanes, row_wide, d > 0);
         }
-        Segment s[2];
-        uint32_t odd[kTile];
-        const int count = dropped ? row_segments(dropped, step, t.rows, depth, b, n, s, odd)
-                                  : row_segments(rows, job.stride, t.rows, depth, b, n, s, odd);
-        tile<E>(s, count, t.rows, n, z + p * kLanes, t.slots * wide, d > 0);
-      }
       if (d + step >= job.D) fold(job, t, z);
     }
 }
@@ -295,10 +312,7 @@ void finish(const float* c, const E* bias, int64_t n, E* out) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     F y = load(c + i);
-    if constexpr (sizeof(E) == 2)
-      store(out + i, bias ? add(y, widen(bias + i)) : y);
-    else
-      store(out + i, bias ? add(y, load(bias + i)) : y);
+    store(out + i, bias ? add(y, load(bias + i)) : y);
   }
   if (i < n) {
     float rest[kLanes] = {};
@@ -310,16 +324,33 @@ void finish(const float* c, const E* bias, int64_t n, E* out) {
   }
 }
 
-// The rank-space products of a tile, one per expert, as segments: of n panels from panel v on.
+// The rank-space products of a run, one per expert, as segments: of n panels from panel v on.
 template <class E>
-int expand_segments(const Expand<E>& job, const Tile& t, const uint32_t* lora, int all, int v, int n, Segment* segments) {
-  const int64_t words = words_of<E>(job.R), even = words * kPer<E>;
-  for (int j = 0; j < t.slots; ++j) {
-    const E* s = job.s + int64_t(t.slot) * kTile * even + j * even;
-    segments[j] = {(const char*)s, int64_t(t.slots * even * sizeof(E)), 4, {}, words * kLanes};
-    for (int u = 0; u < n; ++u) segments[j].b[u] = lora + (job.experts[t.slot + j] * all + v + u) * words * kLanes;
+int run_segments(const Expand<E>& job, const Run& run, const uint32_t* lora, int all, int v, int n, Segment* segments) {
+  const int64_t words = words_of<E>(job.R), even = words * kPer<E>, row = job.routes.K * even;
+  for (int p = 0; p < run.count; ++p) {
+    segments[p] = {(const char*)(job.s + run.row * row + p * even), int64_t(row * sizeof(E)), 4, {}, words * kLanes};
+    const int64_t expert = job.routes.experts[run.first + p];
+    for (int u = 0; u < n; ++u) segments[p].b[u] = lora + (expert * all + v + u) * words * kLanes;
   }
-  return t.slots;
+  return run.count;
+}
+
+// The rank-space products of a tile before its base: of a single run as the first segments of the same sum, whose number
+// is returned; of more, or under dropout, summed into c, since a row must not meet an expert it does not use.
+template <class E>
+int ranks(const Expand<E>& job, const Tile& t, const uint32_t* lora, int all, int v, int n, int64_t from, float* c,
+          Segment* segments) {
+  const Run* runs = job.routes.runs + t.run;
+  if (t.runs == 1 && !job.mask.on) return run_segments(job, *runs, lora, all, v, n, segments);
+  for (const Run* run = runs; run < runs + t.runs; ++run) {
+    const int count = run_segments(job, *run, lora, all, v, n, segments);
+    tile<E>(segments, count, run->rows, n, c + (run->row - t.row) * kWide, kWide, false);
+  }
+  const int64_t width = std::min<int64_t>(kWide, job.columns - from);
+  for (int r = 0; job.mask.on && r < t.rows; ++r)
+    drop(job.mask, (t.row + r) * job.columns + from, width, c + r * kWide, c + r * kWide);
+  return 0;
 }
 
 template <class E>
@@ -337,11 +368,11 @@ void expand(const Expand<E>& job, int64_t first, int64_t begin, int64_t end) {
   const int64_t step = blocks.size * kPer<E>;
   const int panels = (columns + kLanes - 1) / kLanes;
   auto* weights = (uint32_t*)scratch(kWeights, blocks.words * panels * kLanes * 4);
-  auto* lora = (uint32_t*)scratch(kLora, job.num_experts * panels * rank * 4);
+  auto* lora = (uint32_t*)scratch(kLora, job.used * panels * rank * 4);
   auto* sums = (float*)scratch(kSums, kChunk * kTile * kColumns * sizeof(float));
-  auto* segments = (Segment*)scratch(kMany, (job.num_experts + 2) * sizeof(Segment));
+  auto* segments = (Segment*)scratch(kMany, (job.routes.K + 2) * sizeof(Segment));
   pack<E>(job.weight, 0, first, columns, job.D, weights);
-  for (int e = 0; e < job.num_experts; ++e) pack<E>(job.lora, e, first, columns, job.R, lora + e * panels * rank);
+  for (int e = 0; e < job.used; ++e) pack<E>(job.lora, e, first, columns, job.R, lora + e * panels * rank);
   for (; begin < end; begin += kChunk)
     for (int64_t d = 0; d < job.D; d += step)
       for (int v = 0; v < panels; v += kVectors) {
@@ -350,17 +381,10 @@ void expand(const Expand<E>& job, int64_t first, int64_t begin, int64_t end) {
         const uint32_t* b[kVectors];
         for (int u = 0; u < n; ++u) b[u] = weights + ((v + u) * blocks.words + d / kPer<E>) * kLanes;
         for (int64_t i = begin; i < std::min(end, begin + kChunk); ++i) {
-          const Tile& t = job.tiles[i];
+          const Tile& t = job.routes.tiles[i];
           float* c = sums + ((v / kVectors) * kChunk + i - begin) * kTile * kWide;
-          bool add_to = d > 0;
-          int count = d ? 0 : expand_segments(job, t, lora, panels, v, n, segments);
-          if (count && job.mask.on) {
-            tile<E>(segments, count, t.rows, n, c, kWide, false);
-            const int64_t width = std::min<int64_t>(kWide, job.columns - from);
-            for (int r = 0; r < t.rows; ++r)
-              drop(job.mask, (t.row + r) * job.columns + from, width, c + r * kWide, c + r * kWide);
-            count = 0, add_to = true;
-          }
+          int count = d ? 0 : ranks(job, t, lora, panels, v, n, from, c, segments);
+          const bool add_to = count == 0;
           uint32_t odd[kTile];
           const E* rows = job.rows + t.row * job.stride + d;
           count += row_segments(rows, job.stride, t.rows, depth, b, n, segments + count, odd);
@@ -410,21 +434,22 @@ void store_sums(const Sum<E>& job, const float* sums, int64_t first, int64_t col
 template <class E>
 void sum(const Sum<E>& job, int64_t first) {
   const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), most = kBlock * kPer<E>;
+  const int64_t even = words_of<E>(job.R) * kPer<E>;
   const int panels = (columns + kLanes - 1) / kLanes, groups = (job.R + kLanes - 1) / kLanes;
   auto* right = (uint32_t*)scratch(kWeights, kBlock * kColumns * 4);
   auto* left = (uint32_t*)scratch(kLeft, groups * kBlock * kLanes * 4);
   auto* sums = (float*)scratch(kSums, groups * kLanes * kColumns * sizeof(float));
   auto* dropped = job.mask.on ? (E*)scratch(kRows, most * kColumns * sizeof(E)) : nullptr;
-  for (int e = 0; e < job.num_experts; ++e) {
-    const int64_t begin = job.starts[e], end = job.starts[e + 1];
+  for (int e = 0; e < job.used; ++e) {
+    const int64_t begin = job.routes.starts[e], end = job.routes.starts[e + 1];
     if (begin == end) std::memset(sums, 0, groups * kLanes * kColumns * sizeof(float));
     for (int64_t at = begin; at < end; at += most) {
       const int64_t depth = std::min(most, end - at);
-      const auto row = [&](int64_t i) { return job.rows + job.row[at + i] * job.stride + first; };
-      pack_down<E, E>([&](int64_t i) { return job.s + job.place[at + i]; }, job.R, depth, left);
+      const auto row = [&](int64_t i) { return job.rows + job.routes.rows[at + i] * job.stride + first; };
+      pack_down<E, E>([&](int64_t i) { return job.s + job.routes.slots[at + i] * even; }, job.R, depth, left);
       if (dropped) {
         for (int64_t i = 0; i < depth; ++i)
-          drop(job.mask, job.row[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
+          drop(job.mask, job.routes.rows[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
         pack_down<E, E>([&](int64_t i) { return dropped + i * kColumns; }, columns, depth, right);
       } else {
         pack_down<E, E>(row, columns, depth, right);

@@ -1,11 +1,12 @@
-"""The CPU backend: shrink, base and expand in native kernels (`csrc/cpu`), bf16 and float32.
+"""The CPU backend: shrink, base and expand in native kernels (`csrc/cpu`), for bf16, fp16 and float32.
 
-    z = drop(x) A_e of every expert that a tile of six rows uses;  h = z,  s = s g z       [T, K·R], rounded once
+    z = drop(x) A_e of the experts e that x's row uses;  h = z,  s = s g z                 [T, K·R], rounded once
     y = s B + x Wᵀ + bias      in the same float32 accumulators, 64 columns of W packed at a time, one rounding
     dx = drop(dh Aᵀ) + dy W,   dA_e = Σ drop(x)ᵀ dh,  dB_e = Σ sᵀ dy over the rows of each expert, in their order
 
-Up to 32 rows without dropout are dot products along the rows of W, which is read once, where it lies. Each output
-element is summed in one order, whatever the threads.
+Up to 64 rows without dropout read W once, where it lies. bf16 is multiplied as it is where the processor can, else in
+float32, as fp16 always is: weights are converted as they are read, x and y as a whole. Each output element is summed in
+one order, whatever the threads.
 """
 
 from typing import Any
@@ -21,8 +22,7 @@ try:
 except ImportError as error:
     _MISSING = str(error)
 
-_DTYPES = (torch.bfloat16, torch.float32)
-_FEW_ROWS = 32
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def unavailable() -> str | None:
@@ -37,7 +37,7 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
     if x.dtype not in _DTYPES:
-        return f"x is {x.dtype}, not bfloat16 or float32"
+        return f"x is {x.dtype}, not bfloat16, float16 or float32"
     if plan.dropout and x.numel() >= 1 << 33:
         return "dropout on 2**33 elements or more"
     return None
@@ -46,9 +46,14 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
 def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
     """The kernel that would run, and why."""
     T = x.shape[:-1].numel()
-    few = T <= _FEW_ROWS and not plan.dropout
-    name = "few_rows" if few else "tiles"
-    return f"{name} ({_C.instructions()})", f"T = {T} {'<=' if T <= _FEW_ROWS else '>'} {_FEW_ROWS}"
+    reasons = {
+        f"T = {T} > {_C.few_rows}": T > _C.few_rows,
+        "dropout": bool(plan.dropout),
+        "the weight is transposed": weight.stride(1) != 1,
+    }
+    against = [reason for reason, holds in reasons.items() if holds]
+    name = "tiles" if against else "few_rows"
+    return f"{name} ({_C.instructions()})", " and ".join(against) or f"T = {T} <= {_C.few_rows}"
 
 
 def forward(
