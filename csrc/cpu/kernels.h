@@ -134,9 +134,10 @@ constexpr int kSplit = 1024;     // of D, in the shrink of few rows
 template <class E>
 struct Kernels {
   void (*pack)(const Source&, int expert, int64_t first, int64_t columns, int64_t depth, uint32_t* panels);
-  void (*shrink)(const Shrink<E>&, int64_t tile_begin, int64_t tile_end);
-  void (*expand)(const Expand<E>&, int64_t first, int64_t tile_begin, int64_t tile_end);
-  void (*sum)(const Sum<E>&, int64_t first);
+  // of members that share rows, their mask and R; `expand` makes one sum over all of them
+  void (*shrink)(const Shrink<E>*, int members, int64_t tile_begin, int64_t tile_end);
+  void (*expand)(const Expand<E>*, int members, int64_t first, int64_t tile_begin, int64_t tile_end);
+  void (*sum)(const Sum<E>*, int members, int64_t first);
   void (*few_shrink)(const Few<E>&, int expert, int64_t split);
   void (*few_rows)(const Few<E>&, int64_t first);
   int dots;  // up to so many rows, few_rows takes dot products

@@ -273,37 +273,48 @@ void fold(const Shrink<E>& job, const Tile& t, const float* z) {
     }
 }
 
+// z [rows][K · groups · 16] (+)= the product of a tile's rows, `depth` of them from d on, and its runs' experts
 template <class E>
-void shrink(const Shrink<E>& job, int64_t begin, int64_t end) {
+void shrink_tile(const Shrink<E>& job, const Tile& t, const E* rows, int64_t stride, int64_t d, int64_t depth,
+                 int64_t words, float* z) {
+  const int64_t row_wide = job.routes.K * job.groups * kLanes;
+  for (const Run* run = job.routes.runs + t.run; run < job.routes.runs + t.run + t.runs; ++run)
+    for (int64_t p = 0, panels = run->count * job.groups; p < panels; p += kVectors) {
+      const int n = std::min<int64_t>(kVectors, panels - p);
+      const uint32_t* b[kVectors];
+      for (int v = 0; v < n; ++v) {
+        const int64_t panel = job.routes.experts[run->first + (p + v) / job.groups] * job.groups + (p + v) % job.groups;
+        b[v] = job.panels + (panel * words + d / kPer<E>) * kLanes;
+      }
+      Segment s[2];
+      uint32_t odd[kTile];
+      const int64_t r = run->row - t.row;
+      const int count = row_segments(rows + r * stride, stride, run->rows, depth, b, n, s, odd);
+      tile<E>(s, count, run->rows, n, z + r * row_wide + p * kLanes, row_wide, d > 0);
+    }
+}
+
+template <class E>
+void shrink(const Shrink<E>* jobs, int members, int64_t begin, int64_t end) {
+  const Shrink<E>& job = *jobs;
   const Blocks blocks(words_of<E>(job.D));
   const int64_t wide = job.groups * kLanes, row_wide = job.routes.K * wide, step = blocks.size * kPer<E>;
   auto* dropped = job.mask.on ? (E*)scratch(kRows, kTile * step * sizeof(E)) : nullptr;
-  auto* sums = (float*)scratch(kSums, (end - begin) * kTile * row_wide * sizeof(float));
+  auto* sums = (float*)scratch(kSums, members * (end - begin) * kTile * row_wide * sizeof(float));
   for (int64_t d = 0; d < job.D; d += step)
     for (int64_t i = begin; i < end; ++i) {
       const Tile& t = job.routes.tiles[i];
       const int64_t depth = std::min(step, job.D - d);
-      float* z = sums + (i - begin) * kTile * row_wide;
+      float* z = sums + (i - begin) * members * kTile * row_wide;
       const E* rows = job.rows + t.row * job.stride + d;
       for (int r = 0; dropped && r < t.rows; ++r)
         drop(job.mask, (t.row + r) * job.D + d, depth, rows + r * job.stride, dropped + r * step);
       if (dropped) rows = dropped;
       const int64_t stride = dropped ? step : job.stride;
-      for (const Run* run = job.routes.runs + t.run; run < job.routes.runs + t.run + t.runs; ++run)
-        for (int64_t p = 0, panels = run->count * job.groups; p < panels; p += kVectors) {
-          const int n = std::min<int64_t>(kVectors, panels - p);
-          const uint32_t* b[kVectors];
-          for (int v = 0; v < n; ++v) {
-            const int64_t panel = job.routes.experts[run->first + (p + v) / job.groups] * job.groups + (p + v) % job.groups;
-            b[v] = job.panels + (panel * blocks.words + d / kPer<E>) * kLanes;
-          }
-          Segment s[2];
-          uint32_t odd[kTile];
-          const int64_t r = run->row - t.row;
-          const int count = row_segments(rows + r * stride, stride, run->rows, depth, b, n, s, odd);
-          tile<E>(s, count, run->rows, n, z + r * row_wide + p * kLanes, row_wide, d > 0);
-        }
-      if (d + step >= job.D) fold(job, t, z);
+      for (int m = 0; m < members; ++m, z += kTile * row_wide) {
+        shrink_tile(jobs[m], t, rows, stride, d, depth, blocks.words, z);
+        if (d + step >= job.D) fold(jobs[m], t, z);
+      }
     }
 }
 
@@ -324,27 +335,31 @@ void finish(const float* c, const E* bias, int64_t n, E* out) {
   }
 }
 
-// The rank-space products of a run, one per expert, as segments: of n panels from panel v on.
+// The rank-space products of a run, one per expert and member, as segments: of n panels from panel v on.
 template <class E>
-int run_segments(const Expand<E>& job, const Run& run, const uint32_t* lora, int all, int v, int n, Segment* segments) {
-  const int64_t words = words_of<E>(job.R), even = words * kPer<E>, row = job.routes.K * even;
-  for (int p = 0; p < run.count; ++p) {
-    segments[p] = {(const char*)(job.s + run.row * row + p * even), int64_t(row * sizeof(E)), 4, {}, words * kLanes};
-    const int64_t expert = job.routes.experts[run.first + p];
-    for (int u = 0; u < n; ++u) segments[p].b[u] = lora + (expert * all + v + u) * words * kLanes;
-  }
-  return run.count;
+int run_segments(const Expand<E>* jobs, int members, const Run& run, const uint32_t* lora, int all, int v, int n,
+                 Segment* segments) {
+  const int64_t words = words_of<E>(jobs->R), even = words * kPer<E>, row = jobs->routes.K * even;
+  Segment* s = segments;
+  for (int m = 0; m < members; ++m)
+    for (int p = 0; p < run.count; ++p, ++s) {
+      *s = {(const char*)(jobs[m].s + run.row * row + p * even), int64_t(row * sizeof(E)), 4, {}, words * kLanes};
+      const int64_t expert = m * jobs->used + jobs->routes.experts[run.first + p];
+      for (int u = 0; u < n; ++u) s->b[u] = lora + (expert * all + v + u) * words * kLanes;
+    }
+  return int(s - segments);
 }
 
 // The rank-space products of a tile before its base: of a single run as the first segments of the same sum, whose number
 // is returned; of more, or under dropout, summed into c, since a row must not meet an expert it does not use.
 template <class E>
-int ranks(const Expand<E>& job, const Tile& t, const uint32_t* lora, int all, int v, int n, int64_t from, float* c,
-          Segment* segments) {
+int ranks(const Expand<E>* jobs, int members, const Tile& t, const uint32_t* lora, int all, int v, int n, int64_t from,
+          float* c, Segment* segments) {
+  const Expand<E>& job = *jobs;
   const Run* runs = job.routes.runs + t.run;
-  if (t.runs == 1 && !job.mask.on) return run_segments(job, *runs, lora, all, v, n, segments);
+  if (t.runs == 1 && !job.mask.on) return run_segments(jobs, members, *runs, lora, all, v, n, segments);
   for (const Run* run = runs; run < runs + t.runs; ++run) {
-    const int count = run_segments(job, *run, lora, all, v, n, segments);
+    const int count = run_segments(jobs, members, *run, lora, all, v, n, segments);
     tile<E>(segments, count, run->rows, n, c + (run->row - t.row) * kWide, kWide, false);
   }
   const int64_t width = std::min<int64_t>(kWide, job.columns - from);
@@ -360,38 +375,57 @@ void finish_tile(const Expand<E>& job, const Tile& t, int64_t first, const float
            job.out + (t.row + r) * job.out_stride + first);
 }
 
-// Columns first .. first + kColumns of the rows of tiles begin .. end.
+// What member m adds to the sums of at most kChunk tiles; the first one adds all members' rank-space products, the last
+// one writes.
 template <class E>
-void expand(const Expand<E>& job, int64_t first, int64_t begin, int64_t end) {
-  const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), rank = words_of<E>(job.R) * kLanes;
+void expand_member(const Expand<E>* jobs, int members, int m, int64_t first, int panels, int64_t begin, int64_t end,
+                   const uint32_t* weights, const uint32_t* lora, Segment* segments, float* sums) {
+  const Expand<E>& job = jobs[m];
   const Blocks blocks(words_of<E>(job.D));
   const int64_t step = blocks.size * kPer<E>;
-  const int panels = (columns + kLanes - 1) / kLanes;
-  auto* weights = (uint32_t*)scratch(kWeights, blocks.words * panels * kLanes * 4);
-  auto* lora = (uint32_t*)scratch(kLora, job.used * panels * rank * 4);
-  auto* sums = (float*)scratch(kSums, kChunk * kTile * kColumns * sizeof(float));
-  auto* segments = (Segment*)scratch(kMany, (job.routes.K + 2) * sizeof(Segment));
-  pack<E>(job.weight, 0, first, columns, job.D, weights);
-  for (int e = 0; e < job.used; ++e) pack<E>(job.lora, e, first, columns, job.R, lora + e * panels * rank);
-  for (; begin < end; begin += kChunk)
-    for (int64_t d = 0; d < job.D; d += step)
-      for (int v = 0; v < panels; v += kVectors) {
-        const int n = std::min(kVectors, panels - v);
-        const int64_t depth = std::min(step, job.D - d), from = first + v * kLanes;
-        const uint32_t* b[kVectors];
-        for (int u = 0; u < n; ++u) b[u] = weights + ((v + u) * blocks.words + d / kPer<E>) * kLanes;
-        for (int64_t i = begin; i < std::min(end, begin + kChunk); ++i) {
-          const Tile& t = job.routes.tiles[i];
-          float* c = sums + ((v / kVectors) * kChunk + i - begin) * kTile * kWide;
-          int count = d ? 0 : ranks(job, t, lora, panels, v, n, from, c, segments);
-          const bool add_to = count == 0;
-          uint32_t odd[kTile];
-          const E* rows = job.rows + t.row * job.stride + d;
-          count += row_segments(rows, job.stride, t.rows, depth, b, n, segments + count, odd);
-          tile<E>(segments, count, t.rows, n, c, kWide, add_to);
-          if (d + step >= job.D) finish_tile(job, t, from, c);
-        }
+  for (int64_t d = 0; d < job.D; d += step)
+    for (int v = 0; v < panels; v += kVectors) {
+      const int n = std::min(kVectors, panels - v);
+      const int64_t depth = std::min(step, job.D - d), from = first + v * kLanes;
+      const uint32_t* b[kVectors];
+      for (int u = 0; u < n; ++u) b[u] = weights + ((v + u) * blocks.words + d / kPer<E>) * kLanes;
+      for (int64_t i = begin; i < end; ++i) {
+        const Tile& t = job.routes.tiles[i];
+        float* c = sums + ((v / kVectors) * kChunk + i - begin) * kTile * kWide;
+        int count = m || d ? 0 : ranks(jobs, members, t, lora, panels, v, n, from, c, segments);
+        const bool add_to = count == 0;
+        uint32_t odd[kTile];
+        const E* rows = job.rows + t.row * job.stride + d;
+        count += row_segments(rows, job.stride, t.rows, depth, b, n, segments + count, odd);
+        tile<E>(segments, count, t.rows, n, c, kWide, add_to);
+        if (m == members - 1 && d + step >= job.D) finish_tile(*jobs, t, from, c);
       }
+    }
+}
+
+// Columns first .. first + kColumns of the rows of tiles begin .. end.
+template <class E>
+void expand(const Expand<E>* jobs, int members, int64_t first, int64_t begin, int64_t end) {
+  const Expand<E>& job = *jobs;
+  const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), rank = words_of<E>(job.R) * kLanes;
+  const int panels = (columns + kLanes - 1) / kLanes, experts = members * job.used;
+  int64_t words = 0;
+  for (int m = 0; m < members; ++m) words += words_of<E>(jobs[m].D);
+  auto* weights = (uint32_t*)scratch(kWeights, words * panels * kLanes * 4);
+  auto* lora = (uint32_t*)scratch(kLora, experts * panels * rank * 4);
+  auto* sums = (float*)scratch(kSums, kChunk * kTile * kColumns * sizeof(float));
+  auto* segments = (Segment*)scratch(kMany, (members * job.routes.K + 2) * sizeof(Segment));
+  for (int m = 0, e = 0; m < members; ++m)
+    for (; e < (m + 1) * job.used; ++e)
+      pack<E>(jobs[m].lora, e - m * job.used, first, columns, job.R, lora + e * panels * rank);
+  uint32_t* next = weights;
+  for (int m = 0; m < members; next += words_of<E>(jobs[m++].D) * panels * kLanes)
+    pack<E>(jobs[m].weight, 0, first, columns, jobs[m].D, next);
+  for (; begin < end; begin += kChunk) {
+    const uint32_t* from = weights;
+    for (int m = 0; m < members; from += words_of<E>(jobs[m++].D) * panels * kLanes)
+      expand_member(jobs, members, m, first, panels, begin, std::min(end, begin + kChunk), from, lora, segments, sums);
+  }
 }
 
 // One block of an expert's rows: sums[R rounded up][panels · 16] (+)= leftᵀ · right, both packed
@@ -432,21 +466,22 @@ void store_sums(const Sum<E>& job, const float* sums, int64_t first, int64_t col
 
 // Columns first .. first + kColumns of every expert's sum.
 template <class E>
-void sum(const Sum<E>& job, int64_t first) {
+void sum(const Sum<E>* jobs, int members, int64_t first) {
+  const Sum<E>& job = *jobs;
   const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), most = kBlock * kPer<E>;
   const int64_t even = words_of<E>(job.R) * kPer<E>;
   const int panels = (columns + kLanes - 1) / kLanes, groups = (job.R + kLanes - 1) / kLanes;
+  const int64_t size = int64_t(groups) * kLanes * kColumns;  // of a member's sums
   auto* right = (uint32_t*)scratch(kWeights, kBlock * kColumns * 4);
   auto* left = (uint32_t*)scratch(kLeft, groups * kBlock * kLanes * 4);
-  auto* sums = (float*)scratch(kSums, groups * kLanes * kColumns * sizeof(float));
+  auto* sums = (float*)scratch(kSums, members * size * sizeof(float));
   auto* dropped = job.mask.on ? (E*)scratch(kRows, most * kColumns * sizeof(E)) : nullptr;
   for (int e = 0; e < job.used; ++e) {
     const int64_t begin = job.routes.starts[e], end = job.routes.starts[e + 1];
-    if (begin == end) std::memset(sums, 0, groups * kLanes * kColumns * sizeof(float));
+    if (begin == end) std::memset(sums, 0, members * size * sizeof(float));
     for (int64_t at = begin; at < end; at += most) {
       const int64_t depth = std::min(most, end - at);
       const auto row = [&](int64_t i) { return job.rows + job.routes.rows[at + i] * job.stride + first; };
-      pack_down<E, E>([&](int64_t i) { return job.s + job.routes.slots[at + i] * even; }, job.R, depth, left);
       if (dropped) {
         for (int64_t i = 0; i < depth; ++i)
           drop(job.mask, job.routes.rows[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
@@ -454,8 +489,12 @@ void sum(const Sum<E>& job, int64_t first) {
       } else {
         pack_down<E, E>(row, columns, depth, right);
       }
-      sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums, at > begin);
+      for (int m = 0; m < members; ++m) {
+        pack_down<E, E>([&](int64_t i) { return jobs[m].s + job.routes.slots[at + i] * even; }, job.R, depth, left);
+        sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums + m * size, at > begin);
+      }
     }
-    store_sums(job, sums, first, columns, job.out + int64_t(e) * job.R * job.columns);
+    for (int m = 0; m < members; ++m)
+      store_sums(job, sums + m * size, first, columns, jobs[m].out + int64_t(e) * job.R * job.columns);
   }
 }

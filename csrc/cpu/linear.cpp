@@ -1,4 +1,4 @@
-// moe_lora._C: the forward and backward of moe_lora::linear on the CPU. The checks are at the op, in ops.py.
+// moe_lora._C: the forward and backward of moe_lora::linear and linear_group on the CPU. The checks are at the ops.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
@@ -70,18 +70,25 @@ const Kernels<E>& kernels() {
     return *in_use().single;
 }
 
-struct Call {  // the plan and the parameters, as in ops.py
-  Tensor x, weight;
+struct Member {
+  Tensor weight;
   std::optional<Tensor> bias;
-  Tensor lora_a, lora_b, experts, gates;
+  Tensor lora_a, lora_b;
+
+  int64_t F() const { return weight.size(0); }
+};
+
+struct Call {  // the plan and the parameters, as in ops.py; members share x, E and R
+  Tensor x;
+  std::vector<Member> members;
+  Tensor experts, gates;
   std::optional<Tensor> offsets;
   double scale, dropout;
   std::optional<Tensor> seed;
 
-  int64_t D() const { return weight.size(1); }
-  int64_t F() const { return weight.size(0); }
-  int64_t E() const { return lora_a.size(0); }
-  int R() const { return int(lora_a.size(2)); }
+  int64_t D() const { return x.size(-1); }
+  int64_t E() const { return members[0].lora_a.size(0); }
+  int R() const { return int(members[0].lora_a.size(2)); }
   int K() const { return int(experts.size(1)); }
 };
 
@@ -216,41 +223,55 @@ Shrink<E> shrink_job(const Tensor& rows, const Tensor& panels, const Call& call,
 }
 
 template <class E>
-Tensor empty_ranks(const Call& call, const Plan& plan) {
-  return at::empty({plan.T, call.K(), even<E>(call.R())}, kDtype<E>);
+std::vector<Tensor> empty_ranks(const Call& call, const Plan& plan) {
+  std::vector<Tensor> all;
+  for (size_t m = 0; m < call.members.size(); ++m) all.push_back(at::empty({plan.T, call.K(), even<E>(call.R())}, kDtype<E>));
+  return all;
 }
 
 template <class E>
-void run(const Shrink<E>& job, const Plan& plan) {
+void run(const Shrink<E>* jobs, int members, const Plan& plan) {
   const auto tiles = int64_t(plan.tiles.size());
   each((tiles + kChunk - 1) / kChunk, [&](int64_t i) {
-    kernels<E>().shrink(job, i * kChunk, std::min(tiles, (i + 1) * kChunk));
+    kernels<E>().shrink(jobs, members, i * kChunk, std::min(tiles, (i + 1) * kChunk));
   });
 }
 
-// out = rows · weight + bias + s · lora
+// rows · weight + s · lora, to be added up or written to `out`
 template <class E>
-void expand(const Tensor& rows, const Source& weight, const Source& lora, const Tensor* bias, const Tensor& s,
-            const Call& call, const Plan& plan, const Mask& mask, Tensor& out) {
+Expand<E> expand_job(const Tensor& rows, const Source& weight, const Source& lora, const Tensor& s, const Call& call,
+                     const Plan& plan, Tensor& out) {
   Expand<E> job{};
   job.rows = data<E>(rows), job.stride = rows.stride(0), job.D = rows.size(1);
   job.weight = weight, job.lora = lora, job.used = int(plan.used.size()), job.R = call.R();
   job.s = data<E>(s), job.routes = plan.routes();
-  job.bias = bias ? data<E>(*bias) : nullptr;
   job.out = static_cast<E*>(out.mutable_data_ptr()), job.out_stride = job.columns = out.size(1);
-  job.mask = mask;
-  const int64_t panels = (job.columns + kColumns - 1) / kColumns, tiles = plan.tiles.size();
-  const int64_t chunks = (tiles + kChunk - 1) / kChunk, threads = at::get_num_threads();
-  const int64_t ranges = threads == 1 || panels >= 4 * threads ? 1 : std::min(chunks, (4 * threads + panels - 1) / panels);
-  each(panels * ranges, [&](int64_t i) {
+  return job;
+}
+
+// `summed`: one sum of all jobs; else each for itself.
+template <class E>
+void run(const std::vector<Expand<E>>& jobs, const Plan& plan, bool summed) {
+  const int members = summed ? int(jobs.size()) : 1;
+  std::vector<std::pair<const Expand<E>*, int64_t>> panels;  // and their first column
+  for (const Expand<E>* job = jobs.data(); job < jobs.data() + jobs.size(); job += members)
+    for (int64_t first = 0; first < job->columns; first += kColumns) panels.emplace_back(job, first);
+  const int64_t count = panels.size(), tiles = plan.tiles.size(), chunks = (tiles + kChunk - 1) / kChunk;
+  const int64_t threads = at::get_num_threads();
+  const int64_t ranges = threads == 1 || count >= 4 * threads ? 1 : std::min(chunks, (4 * threads + count - 1) / count);
+  each(count * ranges, [&](int64_t i) {
     const int64_t range = i % ranges, begin = range * chunks / ranges * kChunk, end = (range + 1) * chunks / ranges * kChunk;
-    kernels<E>().expand(job, i / ranges * kColumns, begin, std::min(end, tiles));
+    const auto [job, first] = panels[i / ranges];
+    kernels<E>().expand(job, members, first, begin, std::min(end, tiles));
   });
 }
 
 constexpr int64_t kFewRows = 64;
 
-bool few(const Call& call, int64_t T) { return T <= kFewRows && !call.dropout && call.weight.stride(1) == 1; }
+bool few(const Call& call, int64_t T) {
+  const auto adjacent = [](const Member& member) { return member.weight.stride(1) == 1; };
+  return T <= kFewRows && !call.dropout && std::all_of(call.members.begin(), call.members.end(), adjacent);
+}
 
 // The rows as Few::packed.
 template <class E>
@@ -271,145 +292,247 @@ Tensor few_packed(const Tensor& rows) {
   return packed;
 }
 
-template <class E>
-void few_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensor& y, Tensor& h) {
-  const int64_t T = rows.size(0), splits = (call.D() + kSplit - 1) / kSplit, width = call.K() * call.R();
-  std::vector<float> z(splits * T * width), picks(T * width);
-  Few<E> job{};
-  job.rows = data<E>(rows), job.stride = rows.stride(0), job.T = int(T), job.D = call.D(), job.F = call.F();
-  const Tensor packed = few_packed<E>(rows);
-  job.packed = data<uint32_t>(packed), job.words = packed.size(1);
-  job.weight = source(call.weight, true, nullptr).matrix;
-  job.bias = call.bias ? data<E>(*call.bias) : nullptr;
-  const Experts a(call.lora_a, plan, true), b(call.lora_b, plan, true);
-  job.lora_a = a.panels(false), job.lora_b = b.panels(false);
-  job.routes = plan.routes(), job.used = int(plan.used.size()), job.R = call.R();
-  job.out = static_cast<E*>(y.mutable_data_ptr()), job.z = z.data(), job.s = z.data();
-  each(int64_t(plan.used.size()) * splits, [&](int64_t i) { kernels<E>().few_shrink(job, int(i / splits), i % splits); });
-  for (int64_t split = 1; split < splits; ++split)
-    for (int64_t i = 0; i < T * width; ++i) z[i] += z[split * T * width + i];
-  const std::vector<float> gates = total_gates(call, plan);
-  const auto of_pick = [&](int64_t t, int k) { return z.data() + (t * call.K() + plan.places[plan.instance[t] * call.K() + k]) * call.R(); };
+// From z [T, K, R] by places to h by picks; then s = gates · z, in its place.
+void few_fold(const Call& call, const Plan& plan, const std::vector<float>& gates, float* z, Tensor& h) {
+  const int64_t T = plan.T, K = call.K(), R = call.R();
+  std::vector<float> picks(T * K * R);
   for (int64_t t = 0; t < T; ++t)
-    for (int k = 0; k < call.K(); ++k) std::copy_n(of_pick(t, k), call.R(), picks.data() + (t * call.K() + k) * call.R());
-  h.copy_(at::from_blob(picks.data(), {T, width}, at::kFloat));
+    for (int64_t k = 0; k < K; ++k)
+      std::copy_n(z + (t * K + plan.places[plan.instance[t] * K + k]) * R, R, picks.data() + (t * K + k) * R);
+  h.copy_(at::from_blob(picks.data(), h.sizes(), at::kFloat));
   for (int64_t t = 0; t < T; ++t)
-    for (int k = 0; k < call.K(); ++k) {
-      const float gate = gates[plan.instance[t] * call.K() + k], *from = picks.data() + (t * call.K() + k) * call.R();
-      std::transform(from, from + call.R(), of_pick(t, k), [=](float value) { return gate * value; });
+    for (int64_t k = 0; k < K; ++k) {
+      const float gate = gates[plan.instance[t] * K + k], *from = picks.data() + (t * K + k) * R;
+      float* to = z + (t * K + plan.places[plan.instance[t] * K + k]) * R;
+      std::transform(from, from + R, to, [=](float value) { return gate * value; });
     }
-  each((call.F() + kFewColumns - 1) / kFewColumns, [&](int64_t i) { kernels<E>().few_rows(job, i * kFewColumns); });
 }
 
-// Weight and bias as the kernels take them.
+template <class E>
+void few_forward(const Call& call, const Tensor& rows, const Plan& plan, std::vector<Tensor>& ys, std::vector<Tensor>& hs) {
+  const int64_t T = rows.size(0), D = call.D(), splits = (D + kSplit - 1) / kSplit, size = T * call.K() * call.R();
+  const auto members = int64_t(call.members.size()), used = int64_t(plan.used.size());
+  std::vector<float> z(members * splits * size);
+  std::vector<Few<E>> jobs;
+  std::vector<Experts> keep;
+  std::vector<std::pair<int64_t, int64_t>> tasks;  // member and first column
+  const Tensor packed = few_packed<E>(rows);
+  for (int64_t m = 0; m < members; ++m) {
+    const Member& member = call.members[m];
+    Few<E> job{};
+    job.rows = data<E>(rows), job.stride = rows.stride(0), job.T = int(T), job.D = D, job.F = member.F();
+    job.packed = data<uint32_t>(packed), job.words = packed.size(1);
+    job.weight = source(member.weight, true, nullptr).matrix;
+    job.bias = member.bias ? data<E>(*member.bias) : nullptr;
+    job.lora_a = keep.emplace_back(member.lora_a, plan, true).panels(false);
+    job.lora_b = keep.emplace_back(member.lora_b, plan, true).panels(false);
+    job.routes = plan.routes(), job.used = int(used), job.R = call.R();
+    job.out = static_cast<E*>(ys[m].mutable_data_ptr()), job.s = job.z = z.data() + m * splits * size;
+    for (int64_t first = 0; first < job.F; first += kFewColumns) tasks.emplace_back(m, first);
+    jobs.push_back(job);
+  }
+  each(members * used * splits, [&](int64_t i) {
+    kernels<E>().few_shrink(jobs[i / splits / used], int(i / splits % used), i % splits);
+  });
+  const std::vector<float> gates = total_gates(call, plan);
+  for (int64_t m = 0; m < members; ++m) {
+    float* sum = jobs[m].z;
+    for (int64_t split = 1; split < splits; ++split)
+      for (int64_t i = 0; i < size; ++i) sum[i] += sum[split * size + i];
+    few_fold(call, plan, gates, sum, hs[m]);
+  }
+  each(int64_t(tasks.size()), [&](int64_t i) { kernels<E>().few_rows(jobs[tasks[i].first], tasks[i].second); });
+}
+
+// Weights and biases as the kernels take them.
 template <class E>
 void prepare(Call& call) {
-  if (call.weight.stride(0) != 1 && call.weight.stride(1) != 1) call.weight = call.weight.contiguous();
-  if (call.bias) call.bias = call.bias->to(kDtype<E>).contiguous();
+  for (Member& member : call.members) {
+    if (member.weight.stride(0) != 1 && member.weight.stride(1) != 1) member.weight = member.weight.contiguous();
+    if (member.bias) member.bias = member.bias->to(kDtype<E>).contiguous();
+  }
+}
+
+using Tensors = std::vector<Tensor>;
+
+template <class E>
+void tiles_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensors& ys, Tensors& hs) {
+  Tensors ss = empty_ranks<E>(call, plan), panels;
+  const std::vector<float> gates = total_gates(call, plan);
+  std::vector<Experts> keep;
+  std::vector<Shrink<E>> shrinks;
+  std::vector<Expand<E>> expands;
+  for (size_t m = 0; m < call.members.size(); ++m) {
+    const Member& member = call.members[m];
+    const Source a = keep.emplace_back(member.lora_a, plan).panels(false);
+    const Source b = keep.emplace_back(member.lora_b, plan).panels(false);
+    panels.push_back(shrink_panels<E>(a, call, plan, call.D()));
+    shrinks.push_back(shrink_job<E>(rows, panels[m], call, plan, gates, ss[m]));
+    shrinks[m].h = static_cast<E*>(hs[m].mutable_data_ptr()), shrinks[m].mask = mask_of(call);
+    expands.push_back(expand_job<E>(rows, source(member.weight, true, nullptr), b, ss[m], call, plan, ys[m]));
+    expands[m].bias = member.bias ? data<E>(*member.bias) : nullptr;
+  }
+  run(shrinks.data(), int(shrinks.size()), plan);
+  run(expands, plan, false);
 }
 
 template <class E>
-std::tuple<Tensor, Tensor> forward_as(Call call) {
-  auto shape = call.x.sizes().vec();
-  shape.back() = call.F();
+std::tuple<Tensors, Tensors> forward_as(Call call) {
   const Tensor rows = as_rows<E>(call.x);
   const int64_t T = rows.size(0);
   prepare<E>(call);
-  Tensor y = at::empty({T, call.F()}, kDtype<E>), h = at::empty({T, call.K() * call.R()}, kDtype<E>);
-  const auto results = [&] { return std::tuple(y.to(call.x.scalar_type()).view(shape), h.to(call.x.scalar_type())); };
-  if (T == 0) return results();
-  const std::shared_ptr<const Plan> plan = plan_of(call, T);
-  if (few(call, T)) {
-    few_forward<E>(call, rows, *plan, y, h);
-    return results();
+  Tensors ys, hs;
+  for (const Member& member : call.members) {
+    ys.push_back(at::empty({T, member.F()}, kDtype<E>));
+    hs.push_back(at::empty({T, call.K() * call.R()}, kDtype<E>));
   }
-  Tensor s = empty_ranks<E>(call, *plan);
-  const Experts a(call.lora_a, *plan), b(call.lora_b, *plan);
-  const std::vector<float> gates = total_gates(call, *plan);
-  const Tensor panels = shrink_panels<E>(a.panels(false), call, *plan, call.D());
-  auto job = shrink_job<E>(rows, panels, call, *plan, gates, s);
-  job.h = static_cast<E*>(h.mutable_data_ptr()), job.mask = mask_of(call);
-  run(job, *plan);
-  const Tensor* bias = call.bias ? &*call.bias : nullptr;
-  expand<E>(rows, source(call.weight, true, nullptr), b.panels(false), bias, s, call, *plan, {}, y);
-  return results();
+  if (T) {
+    const std::shared_ptr<const Plan> plan = plan_of(call, T);
+    (few(call, T) ? few_forward<E> : tiles_forward<E>)(call, rows, *plan, ys, hs);
+  }
+  auto shape = call.x.sizes().vec();
+  for (size_t m = 0; m < ys.size(); ++m) {
+    shape.back() = call.members[m].F();
+    ys[m] = ys[m].to(call.x.scalar_type()).view(shape), hs[m] = hs[m].to(call.x.scalar_type());
+  }
+  return {ys, hs};
 }
 
-// Σ over each expert's rows of sᵀ · rows
+// Σ over each expert's rows of sᵀ · rows, for each s, like those parameters
 template <class E>
-Tensor sum(const Tensor& rows, const Tensor& s, const Call& call, const Plan& plan, const Mask& mask, const Tensor& like) {
+Tensors sum(const Tensor& rows, const Tensors& ss, const Call& call, const Plan& plan, const Mask& mask,
+            const Tensors& likes, bool across) {
   const auto used = int64_t(plan.used.size());
-  Tensor sums = at::empty({used, like.size(1), like.size(2)}, at::kFloat);
-  Sum<E> job{};
-  job.rows = data<E>(rows), job.stride = rows.stride(0), job.columns = rows.size(1), job.s = data<E>(s);
-  job.R = call.R(), job.used = int(used), job.routes = plan.routes();
-  job.out = sums.mutable_data_ptr<float>(), job.mask = mask;
-  job.across = &like == &call.lora_a;
-  each((job.columns + kColumns - 1) / kColumns, [&](int64_t i) { kernels<E>().sum(job, i * kColumns); });
-  if (used == call.E()) return sums.to(like.scalar_type());
-  Tensor out = at::zeros(like.sizes(), like.scalar_type());
-  for (int64_t u = 0; u < used; ++u) out[plan.used[u]].copy_(sums[u]);
-  return out;
+  Tensors outs;
+  std::vector<Sum<E>> jobs;
+  for (size_t m = 0; m < ss.size(); ++m) {
+    outs.push_back(at::empty({used, likes[m].size(1), likes[m].size(2)}, at::kFloat));
+    Sum<E> job{};
+    job.rows = data<E>(rows), job.stride = rows.stride(0), job.columns = rows.size(1), job.s = data<E>(ss[m]);
+    job.R = call.R(), job.used = int(used), job.routes = plan.routes();
+    job.out = outs[m].mutable_data_ptr<float>(), job.mask = mask, job.across = across;
+    jobs.push_back(job);
+  }
+  each((rows.size(1) + kColumns - 1) / kColumns, [&](int64_t i) {
+    kernels<E>().sum(jobs.data(), int(jobs.size()), i * kColumns);
+  });
+  for (size_t m = 0; m < ss.size(); ++m) {
+    const Tensor sums = outs[m];
+    if (used == call.E()) {
+      outs[m] = sums.to(likes[m].scalar_type());
+      continue;
+    }
+    outs[m] = at::zeros(likes[m].sizes(), likes[m].scalar_type());
+    for (int64_t u = 0; u < used; ++u) outs[m][plan.used[u]].copy_(sums[u]);
+  }
+  return outs;
 }
 
-// [N, K] of [T, K], summed in the rows' order
-Tensor sum_gates(const Tensor& dgates, const Call& call, const Plan& plan) {
+// [N, K] of each member's [T, K], summed in the rows' order
+Tensor sum_gates(const Tensors& dgates, const Call& call, const Plan& plan) {
   Tensor total = at::zeros(call.gates.sizes(), at::kDouble);
   auto* out = total.mutable_data_ptr<double>();
-  const auto* from = data<float>(dgates);
-  for (int64_t t = 0, K = call.K(); t < plan.T; ++t)
-    for (int64_t k = 0; k < K; ++k) out[plan.instance[t] * K + k] += from[t * K + k];
+  for (const Tensor& each : dgates) {
+    const auto* from = data<float>(each);
+    for (int64_t t = 0, K = call.K(); t < plan.T; ++t)
+      for (int64_t k = 0; k < K; ++k) out[plan.instance[t] * K + k] += from[t * K + k];
+  }
   return total.mul_(float(call.scale * keep_scale(call.dropout))).to(call.gates.scalar_type());
 }
 
+using Grads = std::vector<std::optional<Tensor>>;
+
+struct Needs {  // of x, the gates, each A, each B
+  std::vector<bool> all;
+  size_t members;
+
+  bool x() const { return all[0]; }
+  bool gates() const { return all[1]; }
+  bool a(size_t m) const { return all[2 + m]; }
+  bool b(size_t m) const { return all[2 + members + m]; }
+  bool any_a() const { return std::find(all.begin() + 2, all.begin() + 2 + members, true) < all.begin() + 2 + members; }
+};
+
+Grads zero_grads(const Call& call, const Needs& needs) {
+  Tensors inputs{call.x, call.gates};
+  for (const Member& member : call.members) inputs.push_back(member.lora_a);
+  for (const Member& member : call.members) inputs.push_back(member.lora_b);
+  Grads grads(inputs.size());
+  for (size_t i = 0; i < inputs.size(); ++i)
+    if (needs.all[i]) grads[i] = at::zeros(inputs[i].sizes(), inputs[i].options());
+  return grads;
+}
+
+// Of x, the gates, each A, each B.
 template <class E>
-std::vector<std::optional<Tensor>> backward_as(Tensor dy, Tensor h, Call call, std::vector<bool> needs) {
-  std::vector<std::optional<Tensor>> grads(4);
-  const Tensor rows = as_rows<E>(call.x), drows = as_rows<E>(dy), kept = h.to(kDtype<E>).contiguous();
+Grads backward_as(const Tensors& dys, const Tensors& hs, Call call, const Needs& needs) {
+  const size_t members = call.members.size();
+  const Tensor rows = as_rows<E>(call.x);
   const int64_t T = rows.size(0);
-  if (T == 0) {
-    const Tensor inputs[] = {call.x, call.lora_a, call.lora_b, call.gates};
-    for (int i = 0; i < 4; ++i)
-      if (needs[i]) grads[i] = at::zeros(inputs[i].sizes(), inputs[i].options());
-    return grads;
-  }
+  if (T == 0) return zero_grads(call, needs);
   prepare<E>(call);
   const std::shared_ptr<const Plan> plan = plan_of(call, T);
   const Mask mask = mask_of(call);
-  const Experts a(call.lora_a, *plan), b(call.lora_b, *plan);
   const std::vector<float> gates = total_gates(call, *plan);
-  Tensor s = empty_ranks<E>(call, *plan), kept_s = at::empty_like(s), dgates = at::empty({T, call.K()}, at::kFloat);
-  const Tensor panels = shrink_panels<E>(b.panels(true), call, *plan, call.F());
-  auto job = shrink_job<E>(drows, panels, call, *plan, gates, s);
-  job.kept = data<E>(kept), job.kept_s = static_cast<E*>(kept_s.mutable_data_ptr());
-  job.dgates = dgates.mutable_data_ptr<float>();
-  run(job, *plan);
-  if (needs[0]) {
-    Tensor dx = at::empty({T, call.D()}, kDtype<E>);
-    expand<E>(drows, source(call.weight, false, nullptr), a.panels(true), nullptr, s, call, *plan, mask, dx);
+  Grads grads(needs.all.size());
+  Tensor dx = at::empty({T, call.D()}, kDtype<E>);
+  Tensors ss = empty_ranks<E>(call, *plan), drows, dgates, likes;
+  std::vector<Experts> keep;
+  std::vector<Expand<E>> expands;
+  for (size_t m = 0; m < members; ++m) {
+    const Member& member = call.members[m];
+    const Source a = keep.emplace_back(member.lora_a, *plan).panels(true);
+    const Source b = keep.emplace_back(member.lora_b, *plan).panels(true);
+    drows.push_back(as_rows<E>(dys[m])), dgates.push_back(at::empty({T, call.K()}, at::kFloat));
+    const Tensor panels = shrink_panels<E>(b, call, *plan, member.F()), kept = hs[m].to(kDtype<E>).contiguous();
+    Tensor kept_s = at::empty_like(ss[m]);
+    auto job = shrink_job<E>(drows[m], panels, call, *plan, gates, ss[m]);
+    job.kept = data<E>(kept), job.kept_s = static_cast<E*>(kept_s.mutable_data_ptr());
+    job.dgates = dgates[m].mutable_data_ptr<float>();
+    run(&job, 1, *plan);
+    if (needs.b(m)) grads[2 + members + m] = sum<E>(drows[m], {kept_s}, call, *plan, {}, {member.lora_b}, false)[0];
+    expands.push_back(expand_job<E>(drows[m], source(member.weight, false, nullptr), a, ss[m], call, *plan, dx));
+    expands[m].mask = mask;
+    likes.push_back(member.lora_a);
+  }
+  if (needs.x()) {
+    run(expands, *plan, true);
     grads[0] = dx.to(call.x.scalar_type()).view(call.x.sizes());
   }
-  if (needs[1]) grads[1] = sum<E>(rows, s, call, *plan, mask, call.lora_a);
-  if (needs[2]) grads[2] = sum<E>(drows, kept_s, call, *plan, {}, call.lora_b);
-  if (needs[3]) grads[3] = sum_gates(dgates, call, *plan);
+  if (needs.any_a()) {
+    const Tensors das = sum<E>(rows, ss, call, *plan, mask, likes, true);
+    for (size_t m = 0; m < members; ++m)
+      if (needs.a(m)) grads[2 + m] = das[m];
+  }
+  if (needs.gates()) grads[1] = sum_gates(dgates, call, *plan);
   return grads;
 }
 
 // Whether bf16 is multiplied as it is; else everything is computed in float.
 bool native(const Tensor& x) { return x.scalar_type() == at::kBFloat16 && in_use().half; }
 
-std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b,
-                                   Tensor experts, Tensor gates, std::optional<Tensor> offsets, double scale,
-                                   double dropout, std::optional<Tensor> seed) {
-  Call call{x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed};
+Call call_of(const Tensor& x, const Tensors& weights, const std::vector<std::optional<Tensor>>& biases,
+             const Tensors& lora_as, const Tensors& lora_bs, const Tensor& experts, const Tensor& gates,
+             const std::optional<Tensor>& offsets, double scale, double dropout, const std::optional<Tensor>& seed) {
+  Call call{x, {}, experts, gates, offsets, scale, dropout, seed};
+  for (size_t m = 0; m < weights.size(); ++m)
+    call.members.push_back({weights[m], biases.empty() ? std::nullopt : biases[m], lora_as[m], lora_bs[m]});
+  return call;
+}
+
+std::tuple<Tensors, Tensors> forward(Tensor x, Tensors weights, std::vector<std::optional<Tensor>> biases, Tensors lora_as,
+                                     Tensors lora_bs, Tensor experts, Tensor gates, std::optional<Tensor> offsets,
+                                     double scale, double dropout, std::optional<Tensor> seed) {
+  const Call call = call_of(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed);
   return native(x) ? forward_as<bf16>(call) : forward_as<float>(call);
 }
 
-std::vector<std::optional<Tensor>> backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h,
-                                            Tensor experts, Tensor gates, std::optional<Tensor> offsets, double scale,
-                                            double dropout, std::optional<Tensor> seed, std::vector<bool> needs) {
-  Call call{x, weight, std::nullopt, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed};
-  return native(x) ? backward_as<bf16>(dy, h, call, needs) : backward_as<float>(dy, h, call, needs);
+Grads backward(Tensors dys, Tensor x, Tensors weights, Tensors lora_as, Tensors lora_bs, Tensors hs, Tensor experts,
+               Tensor gates, std::optional<Tensor> offsets, double scale, double dropout, std::optional<Tensor> seed,
+               std::vector<bool> needs) {
+  const Call call = call_of(x, weights, {}, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed);
+  const Needs wanted{needs, weights.size()};
+  return native(x) ? backward_as<bf16>(dys, hs, call, wanted) : backward_as<float>(dys, hs, call, wanted);
 }
 
 }  // namespace

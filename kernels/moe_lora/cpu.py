@@ -9,6 +9,7 @@ float32, as fp16 always is: weights are converted as they are read, x and y as a
 one order, whatever the threads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,15 +57,53 @@ def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, 
     return f"{name} ({_C.instructions()})", " and ".join(against) or f"T = {T} <= {_C.few_rows}"
 
 
+def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
+    """Why these linears of one x cannot run together."""
+    if len({(lora_a.shape[0], lora_a.shape[2]) for lora_a in lora_as}) > 1:
+        return "the members differ in E or R"
+    return None
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
-    return _C.forward(x, weight, bias, lora_a, lora_b, *plan)
+    (y,), (h,) = _C.forward(x, [weight], [bias], [lora_a], [lora_b], *plan)
+    return y, h
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, h: Tensor, plan: Plan, needs: list[bool]
 ) -> list[Tensor | None]:
     """dx, dA, dB and dgates, each in its tensor's dtype, or None where `needs` says so."""
-    return _C.backward(dy, x, weight, lora_a, lora_b, h, *plan, needs)
+    need_dx, need_da, need_db, need_dgates = needs
+    needs = [need_dx, need_dgates, need_da, need_db]
+    dx, dgates, da, db = _C.backward([dy], x, [weight], [lora_a], [lora_b], [h], *plan, needs)
+    return [dx, da, db, dgates]
+
+
+def forward_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    plan: Plan,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y [..., F] and h [T, K·R] of each member."""
+    return _C.forward(x, weights, biases, lora_as, lora_bs, *plan)
+
+
+def backward_group(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    hs: Sequence[Tensor],
+    plan: Plan,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """dx, dA and dB of each member, dgates; None where `needs` (of x, the gates, each A, each B) says so."""
+    dx, dgates, *rest = _C.backward(dys, x, weights, lora_as, lora_bs, hs, *plan, needs)
+    return dx, rest[: len(weights)], rest[len(weights) :], dgates
