@@ -47,8 +47,9 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
 def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
     """The kernel that would run, and why."""
     T = x.shape[:-1].numel()
+    few = T <= _C.few_rows
     reasons = {
-        f"T = {T} > {_C.few_rows}": T > _C.few_rows,
+        f"T = {T} > {_C.few_rows}": not few,
         "dropout": bool(plan.dropout),
         "the weight is transposed": weight.stride(1) != 1,
     }
