@@ -23,7 +23,7 @@ from octavius.train import train as run_train
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
-ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or a preset: demo, mini, octavius-2d.")]
+ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or a preset: demo, mini-2d+3d, octavius-2d.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, wins over the file. May be repeated.")
 ]

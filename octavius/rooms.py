@@ -44,7 +44,7 @@ class Sizes:
     zeroshot: int
 
 
-PRESETS = {"smoke": Sizes(40, 12, 6), "demo": Sizes(600, 80, 40), "mini": Sizes(2400, 150, 80)}
+PRESETS = {"smoke": Sizes(40, 12, 6), "demo": Sizes(300, 30, 12), "mini": Sizes(1200, 100, 40)}
 
 
 @dataclass(frozen=True)

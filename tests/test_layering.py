@@ -16,6 +16,7 @@ LAYERS = (  # lowest first; modules of one layer do not import each other
     ("moe_lora.gate", "moe_lora.reference", "moe_lora.cpu", "moe_lora.triton_backend", "moe_lora.measure"),
     ("moe_lora.dispatch",),
     ("moe_lora.ops",),
+    ("moe_lora.group",),
     ("moe_lora.layers", "moe_lora.check"),
     ("moe_lora.inject",),
     ("moe_lora.checkpoint",),

@@ -110,7 +110,12 @@ def errors(case: Case, inputs: Inputs, backend: str = "auto") -> dict[str, tuple
         for out in (y, truth, torchs)
     ]
     rows |= {"d" + name: each for name, each in zip(leaves, zip(*grads, strict=True), strict=True)}
-    return {name: (_error(got, want), _allowed(torchs, want, x.dtype)) for name, (got, want, torchs) in rows.items()}
+    return {name: measured(*each, x.dtype) for name, each in rows.items()}
+
+
+def measured(got: Tensor, want: Tensor, torchs: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """(error, allowed) of what a backend got, where `want` is the truth and `torchs` PyTorch's in this dtype."""
+    return _error(got, want), _allowed(torchs, want, dtype)
 
 
 def _error(got: Tensor, want: Tensor) -> float:

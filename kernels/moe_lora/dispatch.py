@@ -6,11 +6,15 @@ A backend is a module with
     kernel(x, weight, lora_a, plan) -> (name of the kernel it would run, why that one)
     forward(x, weight, bias, lora_a, lora_b, plan) -> y, h
     backward(dy, x, weight, lora_a, lora_b, h, plan, needs) -> [dx, dA, dB, dgates], None where not needed
-with h [T, K·R] as `reference` defines it.
+with h [T, K·R] as `reference` defines it. A backend that can run a group of linears of one x together also has
+    refuses_group(x, weights, lora_as, plan) -> None or the reason why it cannot, or why that would not pay
+    forward_group(x, weights, biases, lora_as, lora_bs, plan) -> ys, hs
+    backward_group(dys, x, weights, lora_as, lora_bs, hs, plan, needs) -> dx, [dA], [dB], dgates
+with `needs` for x, the gates, each A, each B.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -92,6 +96,44 @@ def choose(
         runs = {each: partial(run, _BACKENDS[each]) for each in able}
         times = measure.time_all(measure.bucket(x, weight, lora_a, plan, needs), x.device, runs)
     return _BACKENDS[next(iter(times)) if times else able[0]]
+
+
+def choose_group(
+    backend: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    plan: Plan,
+    needs: tuple[bool, ...] | None = None,
+    run: Callable[[ModuleType | None], object] | None = None,
+) -> ModuleType | None:
+    """The backend that runs these linears of one x together; None if each is to run by its own choice."""
+    name, _ = _resolve(backend)
+    for each in _BACKENDS if name == "auto" else (name,):
+        if _reason_group(each, x, weights, lora_as, plan) is None:
+            break
+    else:
+        return None
+    if name != "auto" or not measure.applies(x.device):
+        return _BACKENDS[each]
+    members = zip(weights, lora_as, strict=True)
+    bucket = "+".join(measure.bucket(x, weight, lora_a, plan, needs) for weight, lora_a in members)
+    times = measure.known(bucket, x.device, ["together", "apart"])
+    if not times and run is not None and measure.may_time(x.device):
+        runs = {"together": partial(run, _BACKENDS[each]), "apart": partial(run, None)}
+        times = measure.time_all(bucket, x.device, runs)
+    return None if times and next(iter(times)) == "apart" else _BACKENDS[each]
+
+
+def _reason_group(name: str, x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
+    """Why this backend does not run the group together."""
+    module = _BACKENDS.get(name)
+    if module is None or not hasattr(module, "forward_group"):
+        return "it runs the members one after the other"
+    for weight, lora_a in zip(weights, lora_as, strict=True):
+        if reason := _reason(name, x, weight, lora_a, plan):
+            return reason
+    return module.refuses_group(x, weights, lora_as, plan)
 
 
 def _able(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> list[str]:
