@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ class MiniPointNet(nn.Module):
         return torch.cat([self._pool(part) for part in parts]).unflatten(0, groups.shape[:2])
 
     def _pool(self, groups: torch.Tensor) -> torch.Tensor:  # [M, K, channels] → [M, C]
-        first, norm, act, last = self.second_conv
+        first, norm, act, last = cast("Any", self.second_conv)
         local = self.first_conv(groups.flatten(0, 1)).unflatten(0, groups.shape[:2])  # [M, K, C]
         whole = local.amax(1)
         of_whole, of_local = first.weight.split(local.shape[-1], 1)  # (whole, local) · W, whole's part once a group
@@ -196,8 +197,8 @@ def farthest_points(xyz: torch.Tensor, count: int) -> torch.Tensor:
     nearest = torch.full_like(axes[0], torch.inf)
     for step in range(1, count):
         last = chosen[:, step - 1, None]
-        distance = sum((axis - axis.gather(1, last)).square_() for axis in axes)
-        nearest = torch.minimum(nearest, distance)
+        x, y, z = ((axis - axis.gather(1, last)).square_() for axis in axes)
+        nearest = torch.minimum(nearest, x.add_(y).add_(z))
         chosen[:, step] = nearest.argmax(1)
     return chosen
 
