@@ -136,7 +136,9 @@ def backward_group(
             pairs = zip(drows, lora_bs, strict=True)
             dss = [call.shrink(dy, [lora_b.transpose(1, 2)], dropout=False)[0] for dy, lora_b in pairs]
             if need_dgates:
-                dgates = sum(call.gate_grad(ds, h) for ds, h in zip(dss, hs, strict=True))
+                dgates, *others = [call.gate_grad(ds, h) for ds, h in zip(dss, hs, strict=True)]
+                for other in others:
+                    dgates += other
             if need_dx:
                 dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
                 call.expand(drows, weights, None, [a.transpose(1, 2) for a in lora_as], dss, dx, dropout=True)
@@ -311,7 +313,7 @@ class _Call:
             x.stride(0), lora.stride(0), lora.stride(2), lora.stride(1),
             C=grid.C, INSTANCE=self.instance, EVEN_D=D % grid.BLOCK_D == 0, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=8 if grid.C > 64 and grid.BLOCK_T == 64 else 4,
+            num_warps=8 if grid.BLOCK_T == 64 and (grid.C > 64 or len(loras) > 1) else 4,
             num_stages=self._stages(self._shrink_stages(grid, loras)),
         )  # fmt: skip
         return hs if grid.splits == 1 else [self._summed(out, h) for out, h in zip(outs, hs, strict=True)]
@@ -327,10 +329,10 @@ class _Call:
     def shrink_grid(self, D: int, members: int = 1) -> _Grid:
         slots = self.K if self.instance else self.E
         columns = min(self.columns, _power_of_2(slots) * self.rank)
-        wide = self._hopper() and columns <= 64 and members == 1
-        narrow = columns > 64 and members > 1
+        wide = self._hopper() and columns <= 64
         block_t, block_d = min(self._half_or(64, 32), self._block_t()), self._half_or(128 if wide else 64, 16)
-        block_d = 32 if narrow and block_d == 64 else block_d
+        if members > 1:  # more loads and sums at a time
+            block_d = self._half_or(64 if wide else 32, 16)
         tiles, groups = self.tiles(block_t), _cdiv(slots * self.rank, columns)
         splits = max(1, min(self.device.processors // (tiles * groups), D // (4 * block_d)))
         return _Grid(tiles, groups, splits, columns, block_t, block_d)
@@ -357,7 +359,7 @@ class _Call:
             self.experts, self.gates, self.offsets, *self._seed(dropout), self.scale,
             self.T, self.N, self.L, self.N.bit_length(), *_three(Ds), F, self.E, tiles, groups,
             *_three([x.stride(0) for x in xs]), *weights[0].stride(), *lora.stride(),
-            C=self.step, INSTANCE=self.instance, BIAS=bias is not None,
+            MEMBERS=len(xs), C=self.step, INSTANCE=self.instance, BIAS=bias is not None,
             EVEN_D=all(D % tile.BLOCK_D == 0 for D in Ds), PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, F), BAND=8, **vars(tile),
         )  # fmt: skip
@@ -379,7 +381,7 @@ class _Call:
             C=grid.C, INSTANCE=self.instance, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(transposed, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
             num_warps=4 if few_warps and members == 1 else 8,
-            num_stages=self._stages(4 if self._hopper() else 3), **self._registers(),
+            num_stages=self._stages(2 if members > 1 else 4 if self._hopper() else 3), **self._registers(),
         )  # fmt: skip
         return grads if grid.splits == 1 else [self._summed(out, grad) for out, grad in zip(outs, grads, strict=True)]
 
