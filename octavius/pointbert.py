@@ -12,10 +12,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,13 +24,19 @@ from octavius.config import from_dict
 from octavius.points import PointCloud
 
 PREFIXES = ("module.", "point_encoder.")
+UNREADABLE = (  # what torch and safetensors raise on files that are not there, cut short, hostile or another's
+    OSError, EOFError, RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError,
+    UnpicklingError, SafetensorError,
+)  # fmt: skip
+SMALLEST = 0.01  # metres: thinner objects all count as this thin
 
 
 @dataclass(frozen=True)
 class PointBertConfig:
     """Sizes; the defaults are the paper's, PRESETS["small"] the embedded default's.
 
-    channels: 3 reads xyz alone, 6 colours too; points: drawn from an object, whatever it has.
+    channels: 3 reads xyz alone, 6 colours too; points: drawn from an object, whatever it has; metric: the class token's
+    position also tells the object's size in metres, which the normalised coordinates do not.
     """
 
     width: int = 384
@@ -41,6 +48,7 @@ class PointBertConfig:
     channels: int = 3
     points: int = 2048
     drop_path: float = 0.1
+    metric: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in (3, 6):
@@ -51,14 +59,23 @@ class PointBertConfig:
 
 PRESETS = {
     "small": PointBertConfig(
-        width=192, depth=3, heads=3, groups=48, group_size=24, patch_width=128, channels=6, points=512, drop_path=0.05
+        width=192,
+        depth=3,
+        heads=3,
+        groups=32,
+        group_size=16,
+        patch_width=128,
+        channels=6,
+        points=512,
+        drop_path=0.05,
+        metric=True,
     ),
     "ulip": PointBertConfig(),
 }
 
 
 class PointBert(nn.Module):
-    """Objects [B, n, channels] → features [B, 2·width]. Each object's coordinates are normalised by the caller."""
+    """Objects [B, n, channels] in metres → features [B, 2·width]."""
 
     def __init__(self, config: PointBertConfig):
         super().__init__()
@@ -68,6 +85,8 @@ class PointBert(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.cls_pos = nn.Parameter(torch.randn(1, 1, config.width))
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, config.width))
+        if config.metric:
+            self.size_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, config.width))
         self.blocks = nn.ModuleDict({"blocks": nn.ModuleList(Block(config) for _ in range(config.depth))})
         self.norm = nn.LayerNorm(config.width)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -78,11 +97,15 @@ class PointBert(nn.Module):
         return 2 * self.config.width
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:
+        points, size = normalise(points)
         groups, centres = group(points, self.config.groups, self.config.group_size)
         tokens = self.reduce_dim(self.encoder(groups))  # [B, G, width]
         batch = len(points)
         x = torch.cat((self.cls_token.expand(batch, -1, -1), tokens), 1)
-        pos = torch.cat((self.cls_pos.expand(batch, -1, -1), self.pos_embed(centres)), 1)
+        cls_pos = self.cls_pos.expand(batch, -1, -1)
+        if self.config.metric:
+            cls_pos = cls_pos + self.size_embed(size.clamp(min=SMALLEST).log())[:, None]
+        pos = torch.cat((cls_pos, self.pos_embed(centres)), 1)
         for block in self.blocks["blocks"]:  # type: ignore[union-attr]
             x = block(x + pos)
         x = self.norm(x)
@@ -141,6 +164,14 @@ class Block(nn.Module):
         return branch * kept / (1 - self.drop_path)
 
 
+def normalise(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points [B, n, channels] centred and in the unit sphere, and the objects' width, depth and height [B, 3]."""
+    xyz = points[..., :3] - points[..., :3].mean(1, keepdim=True)
+    radius = xyz.norm(dim=-1).amax(1).clamp(min=1e-6)
+    size = xyz.amax(1) - xyz.amin(1)
+    return torch.cat((xyz / radius[:, None, None], points[..., 3:]), -1), size
+
+
 def farthest_points(xyz: torch.Tensor, count: int) -> torch.Tensor:
     """Indices [B, count] of points [B, n, 3], each the farthest from those before it; the first point is the first."""
     chosen = torch.zeros(len(xyz), count, dtype=torch.long, device=xyz.device)
@@ -170,7 +201,7 @@ def group(points: torch.Tensor, count: int, size: int) -> tuple[torch.Tensor, to
 
 
 def prepare(clouds: list[PointCloud], config: PointBertConfig, rng: np.random.Generator) -> torch.Tensor:
-    """Objects as the encoder's input [B, points, channels]: drawn points, centred, in the unit sphere.
+    """Objects as the encoder's input [B, points, channels]: drawn points, in metres.
 
     Of an object with fewer points than `points` all are taken and some are drawn again.
     """
@@ -180,10 +211,7 @@ def prepare(clouds: list[PointCloud], config: PointBertConfig, rng: np.random.Ge
         chosen = rng.permutation(have)[:want]
         if have < want:
             chosen = np.concatenate((chosen, rng.integers(0, have, want - have)))
-        array = cloud.channels(config.channels == 6)[chosen].astype(np.float32)
-        array[:, :3] -= array[:, :3].mean(0)
-        array[:, :3] /= max(float(np.linalg.norm(array[:, :3], axis=1).max()), 1e-6)
-        rows.append(array)
+        rows.append(cloud.channels(config.channels == 6)[chosen].astype(np.float32))
     return torch.from_numpy(np.stack(rows))
 
 
@@ -224,7 +252,7 @@ def load_pointbert(path: str | Path, config: PointBertConfig | None = None) -> P
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
             found = _ulip(loaded.get("state_dict", loaded.get("base_model", loaded)))
-    except Exception as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file}: cannot be read as a Point-BERT checkpoint: {error}") from error
     model = PointBert(config or PointBertConfig())
     own = model.state_dict()
@@ -242,7 +270,7 @@ def _ulip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     whole = any("point_encoder." in name for name in state)
     found = {}
     for name, tensor in state.items():
-        if whole and "point_encoder." not in name:
+        if (whole and "point_encoder." not in name) or not isinstance(tensor, torch.Tensor):
             continue
         for prefix in PREFIXES:
             name = name.removeprefix(prefix)
