@@ -120,7 +120,7 @@ def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]
 
 
 def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Launch:
-    tile, T, b, m = call.expand_tile(F, D * members), call.T, shape.dtype.itemsize, shape.master.itemsize
+    tile, T, b, m = call.expand_tile(F, D * members, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     slots = shape.K if call.instance else shape.E
     rows, columns = call.tiles(tile.BLOCK_T), -(-F // tile.BLOCK_F)
     work = members * (_up(D, tile.BLOCK_D) + _up(slots * call.rank, call.step))
