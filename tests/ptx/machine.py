@@ -18,6 +18,7 @@ from ptx.memory import Buffer, GlobalMemory
 from ptx.parse import Program
 from ptx.races import Clocks, GlobalShadow, SharedShadow
 from ptx.step import BY_MASK, Step, granule
+from ptx.tcgen05 import TensorMemory
 from ptx.warps import BARRIER, DONE, PARKED, RUN, Warps
 
 LANES = 4096  # that run in step
@@ -143,14 +144,15 @@ class Batch:
         self.tickets = 0  # of bulk copies
         self.shared_bytes = launch.shared_bytes
         self.shared = np.full(self.shared_bytes * len(blocks), 0xFF, np.uint8)
-        self.clocks = Clocks(
-            len(blocks), self.warps_each, COLUMNS if any(i.name == "mbarrier" for i in launch.program.code) else 0
-        )
+        names = {ins.name for ins in launch.program.code}
+        columns = COLUMNS + 1 if "mbarrier" in names else 0
+        self.clocks = Clocks(len(blocks), self.warps_each, columns, "tcgen05" in names)
         self.shadow = None
         if launch.races:
             self.shadow = SharedShadow(
                 self.clocks, self.shared, granule(launch.program, "shared"), launch.seed is not None
             )
+        self.tensor = TensorMemory(self) if "tcgen05" in names else None
         size = n if launch.seed is None else 32
         self.groups = [Warps(self, first, size) for first in range(0, n, size)]
 
@@ -159,18 +161,18 @@ class Batch:
         while any(not g.finished for g in self.groups):
             ready = [g for g in self.groups if g.ready()]
             if not ready:
-                if self.shadow:
-                    self.shadow.settle()
+                self.clocks.settle()
                 raise self.deadlock()
             if alone:
                 self.rng.shuffle(ready)
             for g in ready:
                 g.run(self.rng.choice((40, 1000)) if alone else 1 << 60)
-            waited = waited + 1 if self.shadow and self.shadow.doubt else 0
-            if self.shadow and waited > PATIENCE:
-                self.shadow.settle()
-        if self.shadow:
-            self.shadow.settle()
+            waited = waited + 1 if self.clocks.doubt else 0
+            if waited > PATIENCE:
+                self.clocks.settle()
+        self.clocks.settle()
+        if self.tensor:
+            self.tensor.end()
 
     def arrive(
         self, s: Warps, step: Step, lanes: np.ndarray, number: np.ndarray, count: np.ndarray, wait: bool
@@ -201,8 +203,7 @@ class Batch:
                 lines = ", ".join(str(self.launch.program.code[pc].line) for pc in np.unique(pcs[here]))
                 raise Fault("barrier", f"warps of one block wait at different barriers, lines {lines}")
             self.arrived.pop((block, int(k)), None)
-            if self.shadow:
-                self.shadow.settle(block)
+            self.clocks.settle(block)
             state[here] = RUN
             pcs[here] += 1
             warps = np.unique(np.flatnonzero(here) // 32)

@@ -87,7 +87,7 @@ def change(ins: Instruction, program: Program):
             else:
                 column = s.batch.columns.setdefault(int(place) % s.batch.shared_bytes, len(s.batch.columns)) % COLUMNS
                 n = int(chosen(np.broadcast_to(count(s), s.n), m)[i])
-                known[int(place)] = Mbarrier(n, s.batch.clocks.warps + column, s.batch.clocks.seen.shape[1])
+                known[int(place)] = Mbarrier(n, s.batch.clocks.warps + 1 + column, s.batch.clocks.seen.shape[1])
 
     return execute
 

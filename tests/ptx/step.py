@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ptx import arithmetic, bitwise, control, convert, copies, loads, tensor_core  # noqa: F401 (they fill the table)
+# these fill the table
+from ptx import arithmetic, bitwise, control, convert, copies, loads, tcgen05, tensor_core  # noqa: F401
 from ptx.fault import Unknown
 from ptx.mbarrier import Wait
 from ptx.operands import reader
@@ -63,6 +64,4 @@ def granule(program: Program, space: str) -> int:
             space in "".join(ins.mods) or not any("shared" in m or "global" in m for m in ins.mods)
         ):
             sizes.append(max(bits(ins.type) // 8, 1))
-        elif ins.name in ("ldmatrix", "stmatrix", "wgmma") and space == "shared":
-            sizes.append(1 if {"e4m3", "e5m2", "s8"} & set(ins.mods) else 2)
     return min(sizes)

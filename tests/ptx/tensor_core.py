@@ -247,37 +247,51 @@ class WarpgroupProduct:
         s.launch.profile.flops[f"{self.ta} mma"] += 2 * 16 * self.n * self.k * len(warps)
 
     def operand(self, s, lanes, descriptor, rows, trans: int, type: str, held: dict) -> np.ndarray:
-        """[warps, rows, K] elements named by descriptors: start, two offsets, swizzle of 128, 64 or 32 bytes."""
-        d = np.broadcast_to(descriptor(s), s.n)[lanes[:, 0]]
-        mode, d = d >> np.uint64(62), d.astype(np.int64)[:, None, None]
-        start, leading, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
-        if (mode != mode[0]).any() or mode[0] == 0:
-            raise Unknown("wgmma without swizzle")
-        span = {1: 128, 2: 64, 3: 32}[int(mode[0])]
-        i, k = np.broadcast_to(rows, (len(d), rows.shape[1]))[..., None], np.arange(self.k)[None, None]
-        per = span // self.element
-        if trans:
-            at = start + k // 8 * stride + k % 8 * span + i // per * leading + i % per * self.element
-        else:
-            at = start + i // 8 * stride + i % 8 * span + k * self.element
-        at ^= at >> 3 & (span - 16)
-        if (at + self.element > s.batch.shared_bytes).any():
-            raise Fault(
-                "out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes"
-            )
-        chunk = 16 // self.element  # elements of a row of 16 bytes; eight rows are a matrix
-        heads = at[:, ::chunk] if trans else at[:, :, ::chunk].swapaxes(1, 2)
-        readers = lanes[:, 0] // 32 % 4 == 0 if descriptor is self.desc_b else slice(None)  # four warps share B
-        s.launch.profile.count_rows(self.ins, heads.reshape(len(at), -1)[readers], "read")
-        at = at + s.shared_base[lanes[:, 0]][:, None, None]
+        """[warps, rows, K] elements; the places they come from are held until the wait."""
+        lane = lanes[:, 0]
+        d = np.broadcast_to(descriptor(s), s.n)[lane]
+        at = described(self.ins, d, rows, self.k, self.element, trans)
+        readers = lane // 32 % 4 == 0 if descriptor is self.desc_b else slice(None)  # four warps share B
+        heads = row_heads(s, self.ins, lane, at, self.element, trans, readers)
         if s.batch.shadow is not None:
-            self.record(s, lanes[:, 0], at.reshape(len(d), -1), held)
-        return decode(s.batch.shared.view(U[8 * self.element])[at // self.element], type).astype(np.float64)
+            s.batch.shadow.read(np.repeat(s.warp[lane], heads.shape[1]), heads.reshape(-1), 16, proxy=True)
+            for i, first in enumerate(lane):
+                places = s.batch.shadow.granules(heads[i], 16).reshape(-1)
+                s.batch.shadow.hold(places)
+                held.setdefault(int(first) // 32, []).append(places)
+        return elements(s, lane, at, self.element, type)
 
-    def record(self, s, lane: np.ndarray, at: np.ndarray, held: dict) -> None:
-        shadow = s.batch.shadow
-        shadow.read(np.repeat(s.warp[lane], at.shape[1]), at.reshape(-1), self.element, proxy=True)
-        for i, first in enumerate(lane):
-            places = shadow.granules(at[i], self.element).reshape(-1)
-            shadow.hold(places)
-            held.setdefault(int(first) // 32, []).append(places)
+
+def described(ins: Instruction, d: np.ndarray, rows, depth: int, element: int, trans: int) -> np.ndarray:
+    """[n, rows, depth] places in shared memory of matrices that descriptors name: start, two offsets, swizzle.
+
+    Rows lie along lines of 128, 64 or 32 bytes, or across them (`trans`); eight lines repeat the swizzle.
+    """
+    mode, d = d >> np.uint64(61), d.astype(np.int64)[:, None, None]
+    start, leading, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
+    if (mode != mode[0]).any() or int(mode[0]) not in (2, 4, 6):
+        raise Unknown(f"matrix in shared memory without swizzle, {ins}")
+    span = {2: 128, 4: 64, 6: 32}[int(mode[0])]
+    i, k = np.broadcast_to(rows, (len(d), np.shape(rows)[-1]))[..., None], np.arange(depth)[None, None]
+    per = span // element
+    if trans:
+        at = start + k // 8 * stride + k % 8 * span + i // per * leading + i % per * element
+    else:
+        at = start + i // 8 * stride + i % 8 * span + k * element
+    return at ^ (at >> 3 & (span - 16))
+
+
+def row_heads(s, ins, lane, at: np.ndarray, element: int, trans: int, readers=slice(None)) -> np.ndarray:
+    """[n, pieces] of 16 bytes that hold the elements, in the flat shared memory; checks bounds and counts."""
+    if (at + element > s.batch.shared_bytes).any():
+        text = f"a matrix is read at shared byte {int(at.max())} of {s.batch.shared_bytes}"
+        raise Fault("out of bounds", text)
+    chunk = 16 // element  # eight pieces of 16 bytes are a matrix
+    heads = (at[:, ::chunk] if trans else at[:, :, ::chunk].swapaxes(1, 2)).reshape(len(at), -1)
+    s.launch.profile.count_rows(ins, heads[readers], "read")
+    return heads + s.shared_base[lane][:, None]
+
+
+def elements(s, lane, at: np.ndarray, element: int, type: str) -> np.ndarray:
+    raw = s.batch.shared.view(U[8 * element])[(at + s.shared_base[lane][:, None, None]) // element]
+    return decode(raw, type).astype(np.float64)

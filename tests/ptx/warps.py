@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx import copies, tensor_core
+from ptx import copies, tcgen05, tensor_core
 from ptx.bulk import BulkQueue
 from ptx.fault import Fault
 from ptx.formats import U
@@ -47,6 +47,7 @@ class Warps:
         self.carry = np.zeros(n, bool)
         self.copies, self.bulk = copies.Queue(n), BulkQueue(n)
         self.products = tensor_core.Products(n)
+        self.tensor = tcgen05.Queue(n)
 
     def make_special(self, thread: np.ndarray) -> dict[str, np.ndarray]:
         launch = self.launch
@@ -212,16 +213,16 @@ class Warps:
 
     def attempt(self, step: Step, function: Any, m: np.ndarray | None):
         """Call a part of an instruction; its faults get their place."""
-        shadow = self.batch.shadow
-        before = shadow and shadow.doubt
+        clocks = self.batch.clocks
+        before = clocks.doubt
         try:
             result = function(self, m)
         except Fault as fault:
             if before and fault.kind != "race":
                 raise before[1] from None
             raise self.explain(fault, step) from None
-        if shadow and shadow.doubt and not before:
-            shadow.doubt = (shadow.doubt[0], self.explain(shadow.doubt[1], step))
+        if clocks.doubt and not before:
+            clocks.doubt = (clocks.doubt[0], self.explain(clocks.doubt[1], step))
         return result
 
     def explain(self, fault: Fault, step: Step) -> Fault:
