@@ -18,7 +18,7 @@ from ptx.memory import Buffer, GlobalMemory
 from ptx.parse import Program
 from ptx.races import Clocks, GlobalShadow, SharedShadow
 from ptx.step import BY_MASK, Step, granule
-from ptx.tcgen05 import TensorMemory
+from ptx.tensor_memory import TensorMemory
 from ptx.warps import BARRIER, DONE, PARKED, RUN, Warps
 
 LANES = 4096  # that run in step

@@ -126,15 +126,15 @@ class SharedShadow:
             bad = self.stored[g] > seen[np.arange(len(warp))[:, None], self.store_writer[g]]
         else:
             bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
-        ordered = agent is not None and agent[0] < clocks.readers
-        if ordered:
-            bad &= writer != agent[0]
+        in_order = agent[0] if agent and agent[0] < clocks.readers else None  # the tensor core
+        if in_order is not None:
+            bad &= writer != in_order
         if bad.any() and self.changes(at, size, values, np.asarray(bad.any(1))):
             text = f"two warps write one place of {self.name}, with no barrier between"
             raise Fault("race", text + self.who(g, np.asarray(bad), warp))
         late = self.read_at[:, g] > seen.T[: clocks.readers, :, None]
-        if ordered:
-            late[agent[0]] = False
+        if in_order is not None:
+            late[in_order] = False
         if (bad := late.any(0)).any():
             text = f"a warp writes {self.name} that another read, with no barrier between"
             raise Fault("race", text + self.who(g, np.asarray(bad), warp))

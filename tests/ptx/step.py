@@ -3,7 +3,7 @@
 from typing import Any
 
 # these fill the table
-from ptx import arithmetic, bitwise, control, convert, copies, loads, tcgen05, tensor_core  # noqa: F401
+from ptx import arithmetic, bitwise, control, convert, copies, loads, tcgen05, tensor_core, wgmma  # noqa: F401
 from ptx.fault import Unknown
 from ptx.mbarrier import Wait
 from ptx.operands import reader

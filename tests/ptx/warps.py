@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx import copies, tcgen05, tensor_core
+from ptx import copies, tensor_memory, wgmma
 from ptx.bulk import BulkQueue
 from ptx.fault import Fault
 from ptx.formats import U
@@ -46,8 +46,8 @@ class Warps:
         self.R: list[np.ndarray] = [zero[w] for _, w in self.program.registers.values()]
         self.carry = np.zeros(n, bool)
         self.copies, self.bulk = copies.Queue(n), BulkQueue(n)
-        self.products = tensor_core.Products(n)
-        self.tensor = tcgen05.Queue(n)
+        self.products = wgmma.Products(n)
+        self.tensor = tensor_memory.Queue(n)
 
     def make_special(self, thread: np.ndarray) -> dict[str, np.ndarray]:
         launch = self.launch
