@@ -8,7 +8,7 @@ from ptx.fault import Unknown
 from ptx.mbarrier import Wait
 from ptx.operands import reader
 from ptx.parse import Instruction, Program, bits
-from ptx.table import TABLE
+from ptx.table import TABLE, types
 
 WHOLE_WARP = {"bar", "barrier", "mma", "ldmatrix", "stmatrix", "wgmma", "elect"}  # wait for all lanes of the warp
 BY_MASK = {"shfl", "vote", "match", "redux"}  # wait for the lanes named by their last operand
@@ -29,6 +29,7 @@ class Step:
             if ins.name not in TABLE:
                 raise Unknown(f"unknown instruction, {ins}")
             try:
+                types(ins)
                 self.execute = TABLE[ins.name](ins, program)
             except Unknown as e:
                 raise Unknown(f"{e}, {ins}") from None
