@@ -172,15 +172,17 @@ class SharedShadow:
         self.memory[place] = value
         return bool((self.memory[place] != value).any())
 
-    def land(self, warp: np.ndarray, at: np.ndarray, size: int) -> None:
-        """An asynchronous copy has arrived, and its warp knows."""
+    def land(self, warp: np.ndarray, at: np.ndarray, size: int, agent=None) -> None:
+        """An asynchronous copy has arrived, and its warp knows; or those will know who hear of the agent's ticket."""
         g = self.granules(at, size)
         early = (self.read_at[:, g] > self.clocks.seen[warp].T[: self.clocks.readers, :, None]).any(0)
         if self.clocks.doubt and early.any():
             text = "a warp reads what another copies, with no barrier after the wait of the other"
             raise Fault("race", text + self.who(g, np.asarray(early), warp))
         self.landing[g] = False
-        self.written[g] = self.stored[g] = self.clocks.now[warp][:, None]
+        self.written[g] = self.stored[g] = agent[1] if agent else self.clocks.now[warp][:, None]
+        if agent:
+            self.writer[g] = self.store_writer[g] = agent[0]
 
     def hold(self, places: np.ndarray) -> None:
         """An asynchronous instruction of one warp begins to read granules."""

@@ -33,7 +33,9 @@ class Step:
                 self.execute = TABLE[ins.name](ins, program)
             except Unknown as e:
                 raise Unknown(f"{e}, {ins}") from None
-        self.ready = self.execute.ready if isinstance(self.execute, Wait) and self.execute.suspends else None
+        self.ready, self.polls = None, False
+        if isinstance(self.execute, Wait):
+            self.ready, self.polls = self.execute.ready, self.execute.polls
         self.barrier = ins.name in ("bar", "barrier") and ins.mods[0] != "warp"
         self.whole = ins.name in WHOLE_WARP or "aligned" in ins.mods
         if ins.name in BY_MASK or (ins.name == "bar" and ins.mods[0] == "warp"):

@@ -12,7 +12,7 @@ import numpy as np
 from ptx.fault import Fault, Unknown
 from ptx.mbarrier import advance, of, places
 from ptx.memory import reach
-from ptx.operands import address, reader, untyped
+from ptx.operands import address, reader, shared_address, untyped
 from ptx.parse import Instruction, Program, split
 from ptx.table import instruction
 from ptx.tensor_core import LANE, POISON, decode, described, elements, row_heads
@@ -163,7 +163,7 @@ def commit(ins: Instruction, program: Program):
     """The mbarrier takes one arrival when the products that the thread has started are done."""
     if any("multicast" in mod for mod in ins.mods):
         raise Unknown("clusters of blocks")
-    where = address(program, ins.operands[0])
+    where = shared_address(ins, program, ins.operands[0])
 
     def execute(s, m):
         tensor = s.batch.tensor

@@ -29,7 +29,7 @@ class Warps:
         self.batch, self.launch, self.program, self.n = batch, batch.launch, batch.launch.program, n
         index = np.arange(first, first + n)
         self.first, self.index = first, index
-        self.pcs, self.state = batch.pcs[first : first + n], batch.state[first : first + n]
+        self.pcs, self.state, self.excused = (x[first : first + n] for x in (batch.pcs, batch.state, batch.excused))
         self.pc = -1 if (self.state == DONE).any() else 0  # of all lanes; -1: they differ
         self.stuck, self.turn = 0, np.zeros(n, np.int64)
         each = batch.lanes_each
@@ -170,6 +170,9 @@ class Warps:
         else:
             if step.ready:
                 late = active & ~self.attempt(step, step.ready, active)
+                if step.polls:
+                    late &= ~self.excused
+                    self.excused[active] = False
                 self.state[late] = PARKED
                 m, active = m & ~late, active & ~late
             if active.any():
