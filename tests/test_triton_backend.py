@@ -52,7 +52,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiled_matches_oracle(case, form, nan_empty):
     number = CASES.index(case)
-    dtype, target = (torch.bfloat16, torch.float16)[number // 2 % 2], (80, 90)[(number + FORMS.index(form)) % 2]
+    dtype, target = (torch.bfloat16, torch.float16)[number // 2 % 2], (80, 90, 100)[(number + FORMS.index(form)) % 3]
     with Emulator(target):
         assert_right(case, make(case, dtype), "triton")
 
@@ -71,7 +71,7 @@ def test_compiled_groups_match_oracle(case, widths, form, nan_empty):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 def test_compiled_matches_oracle_in_wide_tiles_and_splits(target, monkeypatch, nan_empty):
     tiles, sums = [], []
     expand_tile, summed = triton_backend._Call.expand_tile, triton_backend._Call._summed
@@ -89,7 +89,7 @@ def test_compiled_matches_oracle_in_wide_tiles_and_splits(target, monkeypatch, n
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("target", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 def test_compiled_matches_oracle_in_each_dtype(target, dtype):
     case = Case((3, 0, 7, 1), 16, 24, 4, 2, 8, dropout=0.2, packed=True)
     with Emulator(target):
