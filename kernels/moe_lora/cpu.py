@@ -48,7 +48,7 @@ def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, 
     """The kernel that would run, and why."""
     T = x.shape[:-1].numel()
     reasons = {
-        f"T = {T} > {_C.few_rows}": T > _C.few_rows,
+        f"T = {T} > {_C.few_rows}": _C.few_rows < T,
         "dropout": bool(plan.dropout),
         "the weight is transposed": weight.stride(1) != 1,
     }
