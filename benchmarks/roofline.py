@@ -137,7 +137,7 @@ def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Laun
 
 
 def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
-    grid, T, b, m = call.grad_grid(D), call.T, shape.dtype.itemsize, shape.master.itemsize
+    grid, T, b, m = call.grad_grid(D, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     if call.instance:
         tiles = sum(
             -(-min(_up(-(-shape.L // grid.splits), grid.BLOCK_T), rest) // grid.BLOCK_T) for rest in _parts(shape, grid)
