@@ -58,15 +58,15 @@ class Shape:
 
 SHAPES = (
     Shape(8, 1024, 4096, 4096),
-    Shape(8, 1024, 4096, 4096, members=3),
     Shape(8, 1024, 4096, 11008),
-    Shape(8, 1024, 4096, 11008, members=2),
     Shape(8, 1024, 2048, 2048),
     Shape(16, 110, 2048, 2048),
     Shape(8, 1024, 576, 576),
     Shape(64, 1, 4096, 4096),
     Shape(8, 1, 4096, 4096),
     Shape(1, 1, 4096, 4096),
+    Shape(8, 1024, 4096, 4096, members=3),
+    Shape(8, 1024, 4096, 11008, members=2),
 )
 
 
@@ -137,7 +137,7 @@ def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Laun
 
 
 def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
-    grid, T, b, m = call.grad_grid(D), call.T, shape.dtype.itemsize, shape.master.itemsize
+    grid, T, b, m = call.grad_grid(D, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     if call.instance:
         tiles = sum(
             -(-min(_up(-(-shape.L // grid.splits), grid.BLOCK_T), rest) // grid.BLOCK_T) for rest in _parts(shape, grid)

@@ -58,3 +58,8 @@ def test_predictions_are_sane(gpu):
         found = predict(shape, GPUS[gpu])
         assert 1 < found["forward_ratio"] < 2.5 and 1 < found["both_ratio"] < 4
     assert predict(SHAPES[1], GPUS[gpu])["both_ratio"] < predict(SHAPES[2], GPUS[gpu])["both_ratio"]
+
+
+def test_group_of_three_costs_little_more_than_frozen_ones():
+    found = predict(Shape(8, 1024, 4096, 4096, members=3), GPUS["H100"])
+    assert found["both_ratio"] <= 1.07 < found["product_ratio"] < predict(SHAPES[0], GPUS["H100"])["both_ratio"]
