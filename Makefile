@@ -2,13 +2,13 @@
 PYTHON ?= python3
 STEPS ?=
 BIN := .venv/bin
-DEMO := $(if $(STEPS),--set train.steps=$(STEPS) --set data.root=mini-lamm:smoke --set train.output=runs/smoke)
+DEMO := $(if $(STEPS),--set train.steps=$(STEPS) --set data.root=mini-lamm:smoke --set data.root_3d=mini-scan2inst:smoke --set train.output=runs/smoke)
 
 demo: build
 	$(BIN)/octavius demo $(DEMO)
 
 mini: build
-	$(BIN)/octavius demo --config mini --baseline --resume
+	$(BIN)/octavius demo --config mini-2d+3d --baseline --resume
 
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"

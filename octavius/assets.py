@@ -274,6 +274,15 @@ def _make_ready(asset: Asset, cache: Path) -> None:
 
 
 @contextlib.contextmanager
+def filling() -> Iterator[None]:
+    """One process at a time puts things into the cache: those that run beside it wait, and find them ready."""
+    folder = default_cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".filling.lock"):
+        yield
+
+
+@contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Hold an exclusive lock that the system drops when the process ends, however it ends."""
     with file.open("a") as stream:

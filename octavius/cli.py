@@ -16,14 +16,14 @@ from octavius.demo import demo as run_demo
 from octavius.evaluate import evaluate, write_answers
 from octavius.model import Octavius
 from octavius.pointbert import PRESETS as POINT_PRESETS
-from octavius.pretrain_points import PretrainConfig, pretrain
+from octavius.pretrain_points import PretrainConfig, default_folder, pretrain
 from octavius.report import pretrain_table, score_table
 from octavius.train import load_data
 from octavius.train import train as run_train
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
-ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or a preset: demo, mini, octavius-2d.")]
+ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or a preset: demo, mini-2d+3d, octavius-2d.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, wins over the file. May be repeated.")
 ]
@@ -87,15 +87,16 @@ def evaluate_command(
 def pretrain_points(
     output: Annotated[Path | None, typer.Option(help="A folder; by default the cache's, where models look.")] = None,
     preset: Annotated[str, typer.Option(help="small, or ulip: the paper's sizes.")] = "small",
-    epochs: int = PretrainConfig.epochs,
+    steps: int = PretrainConfig.steps,
     seed: int = 0,
 ) -> None:
     """Train the point encoder on furniture models against text and pictures, and score it on held-out models."""
     if preset not in POINT_PRESETS:
         raise ValueError(f"preset must be one of {', '.join(POINT_PRESETS)}, got {preset!r}")
-    folder = output or assets.default_cache() / "points" / preset
-    report = pretrain(folder, PretrainConfig(preset=preset, epochs=epochs, seed=seed))
-    console.print(pretrain_table(report), f"encoder in {folder}, {report['seconds']:.0f} s of training")
+    folder = output or default_folder(preset)
+    report = pretrain(folder, PretrainConfig(preset=preset, steps=steps, seed=seed))
+    took = f"{report['all_seconds']:.0f} s, {report['seconds']:.0f} of them training"
+    console.print(pretrain_table(report), f"encoder in {folder}, {took}")
 
 
 @app.command()

@@ -62,7 +62,7 @@ class ModelConfig:
     tower_merge: int = 1  # of a ViT: join merge×merge neighbouring tokens into one
     projector: Literal["linear", "mlp"] = "linear"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    attn_implementation: str | None = None  # None: flash_attention_2 on a GPU that has it, else the fastest here
+    attn_implementation: str | None = None  # None: flash_attention_2 on a GPU that has it, grouped on a CPU
     system: bool = False  # begin with the task type's system message
     gate: GateConfig = field(default_factory=GateConfig)
     lora: MoELoRAConfig = field(
@@ -74,7 +74,8 @@ class ModelConfig:
 class DataConfig:
     """Where the records are. `mini-lamm:SIZE`, `mini-scan2inst:SIZE` build the embedded data; else a root is a folder.
 
-    root, root_3d: of pictures and of clouds; None for none. loop, loop_3d: how often an epoch passes over each.
+    root, root_3d: of pictures and of clouds; None for none. loop, loop_3d: how often an epoch passes over each;
+    loop_detection: over the pictures' detections, whose long answers are learnt last.
     train_3d: a JSON file, or upstream's .pickle.
     """
 
@@ -82,6 +83,7 @@ class DataConfig:
     root_3d: str | None = None
     loop: int = 1
     loop_3d: int = 1
+    loop_detection: int = 1
     train: str = "train.json"
     train_3d: str = "train.json"
     images: str | None = None  # folder that the records' image paths start from; None: beside the JSON file
@@ -104,7 +106,7 @@ class TrainConfig:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    align: bool = False  # start the projector in closed form, see align.py, instead of at random
+    align: bool = False  # start the projectors in closed form, see align.py, instead of at random
     compile: bool = False  # torch.compile the decoder layers: pays from about five minutes of training
     save_steps: int = 200
     log_steps: int = 5
@@ -125,7 +127,7 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> Confi
     """Read a run.
 
     Args:
-        source: a YAML file, or the name of a preset (`demo`, `mini`, ...).
+        source: a YAML file, or the name of a preset (`demo`, `mini-2d`, ...).
         overrides: `section.key=value` settings that win over the file; values are YAML.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 
 from octavius.data import Collator, InstructionData, Record, Stores
-from octavius.metrics import score
+from octavius.metrics import check, score
 from octavius.model import Octavius
 
 
@@ -85,13 +85,15 @@ def exchange_pictures(records: list[Record], seed: int = 0) -> list[Record]:
 def evaluate(
     model: Octavius, records: list[Record], stores: Stores, blind: bool = False, **options
 ) -> tuple[dict[str, Any], Answers]:
-    """Scores by benchmark (see `octavius.metrics.score`) and the answers that they come from."""
+    """Scores by benchmark (see `octavius.metrics.score`) and the answers that they come from.
+
+    Raises:
+        ValueError: a record without usable ground truth, before any question is asked.
+    """
+    rows = [{"id": record.id} | record.truth for record in records]
+    check(rows)
     answers = answer(model, records, stores, blind=blind, **options)
-    rows = [
-        {"id": record.id, "prediction": text, **record.truth}
-        for record, text in zip(records, answers.texts, strict=True)
-    ]
-    return score(rows), answers
+    return score([row | {"prediction": text} for row, text in zip(rows, answers.texts, strict=True)]), answers
 
 
 def routing_map(records: list[Record], weights: torch.Tensor) -> dict[str, list]:

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from octavius import assets
+from octavius.attention import NAME as GROUPED
 from octavius.config import ModelConfig
 
 
@@ -17,9 +18,11 @@ def load_llm(config: ModelConfig) -> tuple[Any, Any]:
     if attention is None and torch.cuda.is_available():
         attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     elif attention is None:
-        attention = "eager"  # on a CPU, sequences of about 100 tokens train faster than with sdpa
+        attention = GROUPED
     dtype = getattr(torch, config.dtype)
     llm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    # Of a batch's last positions, a strided view, matmul would copy the vocabulary's weights once per row.
+    llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return llm, AutoTokenizer.from_pretrained(source)
 
 

@@ -77,9 +77,11 @@ def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a key is missing or a ground truth is unusable; the message names the record's id and the key.
     """
+    check(records)
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for index, record in enumerate(records):
-        _check(record, index)
+        if record.get("prediction") is None:
+            raise ValueError(f"record {record.get('id', index)!r}: key 'prediction' is missing")
         groups.setdefault(record["benchmark"], []).append(record)
     scorers = {"detection": _score_detection, "caption": _score_caption, "caption3d": _score_caption}
     scorers |= {"vqa3d": _score_scene}
@@ -87,6 +89,16 @@ def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         name: {"n": len(group), "main": MAIN[name], **scorers.get(name, _score_accuracy)(group)}
         for name, group in groups.items()
     }
+
+
+def check(records: Sequence[Mapping[str, Any]]) -> None:
+    """That every record, answered or not, has a benchmark and its ground truth, as `score` takes them.
+
+    Raises:
+        ValueError: a key is missing or a ground truth is unusable; the message names the record's id and the key.
+    """
+    for index, record in enumerate(records):
+        _check(record, index)
 
 
 def detection(
@@ -262,11 +274,9 @@ def _check(record: Mapping[str, Any], index: int) -> None:
     benchmark = record.get("benchmark")
     if benchmark not in KEYS:
         raise ValueError(f"{name}: benchmark must be one of {', '.join(KEYS)}, got {benchmark!r}")
-    for key in ("prediction", *KEYS[benchmark]):
+    for key in KEYS[benchmark]:
         if record.get(key) is None:
-            raise ValueError(
-                f"{name}: key {key!r} is missing; {benchmark} needs prediction, {', '.join(KEYS[benchmark])}"
-            )
+            raise ValueError(f"{name}: key {key!r} is missing; {benchmark} needs {', '.join(KEYS[benchmark])}")
     try:
         _truth(record)
     except (TypeError, KeyError, ValueError) as error:

@@ -24,7 +24,7 @@ from octavius.aggregation import SceneProjector
 from octavius.config import ModelConfig, from_dict
 from octavius.encoders import ImageTower, load_tower
 from octavius.llm import answer_logits, check_logits, load_llm
-from octavius.pointbert import PointBert
+from octavius.pointbert import PointBert, load_pointbert
 from octavius.pretrain_points import load_encoder
 from octavius.projector import Projector
 from octavius.prompts import IGNORE, ConversationFormat
@@ -107,11 +107,12 @@ class Octavius(nn.Module):
         self.register_buffer("share", torch.full((config.lora.num_experts,), 1 / config.lora.num_experts))
 
     @classmethod
-    def from_config(cls, config: ModelConfig) -> "Octavius":
-        """Load the frozen parts that `config` names; what trains is new."""
+    def from_config(cls, config: ModelConfig, encoder: PointBert | None = None) -> "Octavius":
+        """Load the frozen parts that `config` names, but for a point encoder that is given; what trains is new."""
         llm, tokenizer = load_llm(config)
         tower = load_tower(config.tower, config.tower_layer, config.tower_merge) if config.tower else None
-        encoder = load_encoder(config.clouds.encoder) if config.clouds and config.clouds.encoder else None
+        if encoder is None and config.clouds and config.clouds.encoder:
+            encoder = load_encoder(config.clouds.encoder)
         return cls(config, llm, tokenizer, tower, encoder)
 
     @property
@@ -126,15 +127,22 @@ class Octavius(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Octavius":
-        """Load what `save` wrote, with the frozen parts from where its config says."""
-        model = cls.from_config(_read_config(Path(folder)))
+        """Load what `save` wrote, with the frozen parts from where its config says, but the folder's point encoder."""
+        config = _read_config(Path(folder))
+        encoder = load_pointbert(folder) if config.clouds and config.clouds.encoder else None
+        model = cls.from_config(config, encoder)
         model.load(folder)
         return model
 
     def save(self, folder: str | Path) -> None:
-        """Write what trains: the experts as `moe_lora.save` does; gate, projector, markers and config beside them."""
+        """Write what trains: the experts as `moe_lora.save` does; gate, projector, markers and config beside them.
+
+        The point encoder, too: `small` is trained on each machine, and the weights read the features of this one.
+        """
         folder = Path(folder)
         moe_lora.save(self.llm, folder)
+        if self.encoder[0] is not None:
+            self.encoder[0].save(folder)
         partial = folder / (WEIGHTS + ".partial")
         save_file({name: value.contiguous() for name, value in self._own().items()}, partial)
         partial.rename(folder / WEIGHTS)
@@ -150,6 +158,7 @@ class Octavius(nn.Module):
         """
         folder = Path(folder)
         self._check_settings(folder)
+        self._check_encoder(folder)
         try:
             found = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
@@ -176,6 +185,17 @@ class Octavius(nn.Module):
             want, have = getattr(own, name), getattr(found, name)
             if want != have:
                 raise ValueError(f"{folder / CONFIG}: {name} must be {want} for this model, got {have}")
+
+    def _check_encoder(self, folder: Path) -> None:
+        """Raise ValueError if the folder's point encoder is not this model's."""
+        if (own := self.encoder[0]) is None:
+            return
+        found, state = load_pointbert(folder), own.state_dict()
+        same = found.config == own.config
+        if not same or not all(torch.equal(value, state[name].cpu()) for name, value in found.state_dict().items()):
+            raise ValueError(
+                f"{folder}: its point encoder must be this model's, got another; Octavius.from_folder reads both"
+            )
 
     def activation_checkpointing_enable(self, **options) -> None:
         """Recompute the LLM's activations in backward; `Trainer` calls it, with the options of transformers' models."""

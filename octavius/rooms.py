@@ -1,8 +1,9 @@
 """mini-Scan2Inst: rooms of real furniture models at their real sizes, with exact boxes, captions and answers.
 
 Rooms are composed without collisions: things stand on the floor, many of them along the walls, small ones on tables,
-windows hang. Test rooms show models that training never shows, and `zeroshot.json` a catalogue of its own. Each room
-is a cloud of its surfaces with 5 mm of noise, floor and two walls included. The same seed gives the same bytes.
+windows hang. Test rooms show models that training never shows, and `zeroshot.json` a catalogue of its own. Rooms hold
+the classes of which FEWEST_MODELS are held out for the tests. Each room is a cloud of its surfaces with 5 mm of noise,
+floor and two walls included. The same seed gives the same bytes.
 """
 
 import json
@@ -22,7 +23,7 @@ from octavius.points import PointCloud
 from octavius.scan2inst import Builder, describe
 
 KIND = "mini-scan2inst"  # what the manifest says that the folder holds
-VERSION = 2  # of the builder: raise it whenever the same settings give other bytes
+VERSION = 3  # of the builder: raise it whenever the same settings give other bytes
 SIDES = ("train", "test", "zeroshot")
 DENSITY, FEWEST, MOST = 180.0, 160, 700  # points of an object: per square metre of its box's surface, and limits
 NOISE = 0.005  # metres
@@ -30,7 +31,8 @@ HEIGHT = 2.6  # of a room
 MARGIN = 0.04  # metres between two things, and to a wall
 HOLDERS = ("table", "desk", "cabinet", "box", "stool")  # what small things are put on
 SMALL = ("lamp", "plant", "television", "box")
-LARGEST = 3.2  # metres: a longer model does not go into a room
+LARGEST, THINNEST = 3.2, 0.01  # metres: models beyond these do not go into a room
+FEWEST_MODELS = 3  # test models of a class: the score of a class with fewer would be that of one or two shapes
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Sizes:
     zeroshot: int
 
 
-PRESETS = {"smoke": Sizes(40, 12, 6), "demo": Sizes(600, 80, 40), "mini": Sizes(2400, 150, 80)}
+PRESETS = {"smoke": Sizes(40, 12, 6), "demo": Sizes(300, 30, 12), "mini": Sizes(1200, 100, 40)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0) -> Path
         manifest = _manifest(folder)
         if manifest.get("kind") != KIND:
             raise ValueError(f"{folder} is not empty and holds no mini-Scan2Inst; choose another folder or empty it")
-        if all(manifest.get(key) == value for key, value in settings.items()):
+        if all(manifest.get(key) == value for key, value in settings.items()) and whole(folder, size):
             return folder
     source = assets.need("furniture")
     models = furniture.catalogue(source)
@@ -89,10 +91,10 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0) -> Path
     draft = folder.with_name(folder.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "clouds").mkdir(parents=True)
-    counts = {}
-    for side, members in furniture.split(models).items():
-        usable = [m for m in members if m.label and max(m.size) < LARGEST and min(m.size) > 0.01]
-        records = write_side(draft, side, {m: clouds[m] for m in usable}, getattr(size, side), seed)
+    counts, sides = {}, usable(models)
+    names = [name for name in CLASSES if any(model.label == name for model in sides["test"])]
+    for side, members in sides.items():
+        records = write_side(draft, side, {m: clouds[m] for m in members}, names, getattr(size, side), seed)
         counts[side] = dict(sorted(Counter(record["benchmark"] for record in records).items()))
         (draft / f"{side}.json").write_text(json.dumps(records, indent=0) + "\n")
     (draft / "manifest.json").write_text(json.dumps(settings | {"records": counts}, indent=2) + "\n")
@@ -113,16 +115,36 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def whole(folder: Path, size: Sizes) -> bool:
+    """Every file that a data set of this size has is there."""
+    clouds = (folder / "clouds" / f"{name}.npz" for side in SIDES for name in room_names(side, getattr(size, side)))
+    return all(path.is_file() for path in (*(folder / f"{side}.json" for side in SIDES), *clouds))
+
+
+def room_names(side: str, number: int) -> list[str]:
+    """Of the rooms of one file."""
+    return [f"{side}_{index:05d}" for index in range(number)]
+
+
+def usable(models: list[Furniture]) -> dict[str, list[Furniture]]:
+    """The models of each file: they go into a room, and at least FEWEST_MODELS of their class are held out."""
+    sides = {
+        side: [m for m in members if m.label and max(m.size) < LARGEST and min(m.size) > THINNEST]
+        for side, members in furniture.split(models).items()
+    }
+    held = Counter(model.label for model in sides["test"])
+    return {side: [m for m in members if held[m.label] >= FEWEST_MODELS] for side, members in sides.items()}
+
+
 def write_side(
-    folder: Path, side: str, clouds: dict[Furniture, PointCloud], number: int, seed: int
+    folder: Path, side: str, clouds: dict[Furniture, PointCloud], names: list[str], number: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Compose the rooms of one file and ask about them."""
-    builder = Builder(list(CLASSES), seed=seed + SIDES.index(side))
+    """Compose the rooms of one file and ask about them; `names` are the classes."""
+    builder = Builder(names, seed=seed + SIDES.index(side))
     records: list[dict[str, Any]] = []
-    for index in range(number):
+    for index, name in enumerate(room_names(side, number)):
         rng = np.random.default_rng([seed, SIDES.index(side), index])
         room, placed = compose(rng, clouds)
-        name = f"{side}_{index:05d}"
         scene = annotate(name, room, placed)
         cloud = scan(rng, room, placed)
         assert cloud.rgb is not None

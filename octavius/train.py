@@ -9,8 +9,8 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from octavius import assets, minilamm, rooms
-from octavius.align import align
-from octavius.config import Config
+from octavius.align import align, align_scenes
+from octavius.config import Config, DataConfig
 from octavius.data import (
     BucketSampler,
     Collator,
@@ -28,6 +28,7 @@ from octavius.upstream3d import read_layout, read_pickle
 
 EMBEDDED = {"mini-lamm": minilamm.build, "mini-scan2inst": rooms.build}
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
+DONE = "train.json"  # what a finished run leaves
 CALIBRATION = 256  # pictures that the projector's statistics come from
 
 
@@ -46,7 +47,12 @@ def load_data(model: Octavius, config: Config, file: str, file_3d: str | None = 
         file: of pictures, under `data.root`.
         file_3d: of clouds, under `data.root_3d`; named like the other when None.
     """
-    data, records, scenes = config.data, [], {}
+    with assets.filling():
+        return _load_data(model, config.data, file, file_3d)
+
+
+def _load_data(model: Octavius, data: DataConfig, file: str, file_3d: str | None) -> tuple[list[Record], Stores]:
+    records, scenes = [], {}
     if data.root:
         records += read_records(data_folder(data.root) / file, data.images)
     if data.root_3d:
@@ -81,27 +87,28 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
 
     Args:
         config: the run.
-        resume: go on from the newest checkpoint in the output folder, if there is one.
+        resume: go on from the newest checkpoint in the output folder, if there is one; a finished run is only loaded.
 
     Returns:
         the model, and {"loss": [{"step", "loss"}, ...], "seconds", "tokens_per_second", "steps"}.
     """
     set_seed(config.train.seed)
     keep_freed_memory()
-    model = Octavius.from_config(config.model)
-    records, stores = load_data(model, config, config.data.train, config.data.train_3d)
-    records = [r for r in records for _ in range(config.data.loop_3d if r.cloud else config.data.loop)]
-    tokens = (model.image_tokens, config.data.max_tokens, True, model.cloud_tokens)
-    data = InstructionData(records, model.conversation, *tokens)
+    with assets.filling():
+        model = Octavius.from_config(config.model)
     output = Path(config.train.output)
+    if resume and (output / DONE).exists():
+        report = json.loads((output / DONE).read_text())
+        if report["steps"] >= config.train.steps:
+            model.load(output)
+            return model, report
+    records, stores = load_data(model, config, config.data.train, config.data.train_3d)
+    looped = [record for record in records for _ in range(loops(record, config.data))]
+    tokens = (model.image_tokens, config.data.max_tokens, True, model.cloud_tokens)
+    data = InstructionData(looped, model.conversation, *tokens)
     last = resume and any(output.glob("checkpoint-*"))
-    pictured = [record for record in records if record.image]
-    if stores.pictures and pictured and not last:
-        some = pictured[:: max(1, len(pictured) // CALIBRATION)]
-        model.projector.calibrate(stores.pictures([record.image for record in some if record.image]))
-        if config.train.align:
-            table = model.llm.get_input_embeddings().weight
-            align(model.projector, pictured, stores.pictures, model.conversation.tokens, table)
+    if not last:
+        start(model, records, stores, config.train.align)
     if config.train.compile:
         compile_layers(model)
     trainer = OctaviusTrainer(
@@ -119,8 +126,28 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         "tokens_per_second": trainer.tokens / result.metrics["train_runtime"],
         "steps": trainer.state.global_step,
     }
-    (output / "train.json").write_text(json.dumps(report, indent=1))
+    (output / DONE).write_text(json.dumps(report, indent=1))
     return model, report
+
+
+def loops(record: Record, data: DataConfig) -> int:
+    """How often an epoch passes over a record."""
+    if record.cloud:
+        return data.loop_3d
+    return data.loop_detection if record.task_type == "detection" else data.loop
+
+
+def start(model: Octavius, records: list[Record], stores: Stores, aligned: bool) -> None:
+    """Set the projectors before training: statistics of what they read, and with `aligned` the closed form."""
+    words = model.conversation.tokens, model.llm.get_input_embeddings().weight
+    pictured = [record for record in records if record.image]
+    if stores.pictures and pictured:
+        some = pictured[:: max(1, len(pictured) // CALIBRATION)]
+        model.projector.calibrate(stores.pictures([record.image for record in some if record.image]))
+        if aligned:
+            align(model.projector, pictured, stores.pictures, *words)
+    if stores.scenes and aligned:
+        align_scenes(model.scene, records, stores.scenes, *words)
 
 
 def compile_layers(model: Octavius) -> None:

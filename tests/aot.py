@@ -42,7 +42,7 @@ TARGETS = {
 
 
 class Case(NamedTuple):
-    """Forward and backward of one linear, each instance of `rows` rows."""
+    """Forward and backward of one linear, or of one and `others` together; each instance of `rows` rows."""
 
     instances: int
     rows: int
@@ -51,10 +51,12 @@ class Case(NamedTuple):
     dtype: torch.dtype
     dropout: float = 0.0
     packed: bool = False
+    others: tuple[int, ...] = ()  # their F
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.") + ("-packed" if self.packed else "")
-        return f"{self.instances}x{self.rows}-{self.D}-{self.F}-{kind}-p{self.dropout}"
+        widths = "+".join(map(str, (self.F, *self.others)))
+        return f"{self.instances}x{self.rows}-{self.D}-{widths}-{kind}-p{self.dropout}"
 
 
 CASES = (
@@ -62,6 +64,9 @@ CASES = (
     Case(16, 110, 576, 1536, torch.float16, 0.0, packed=True),
     Case(8, 1, 4096, 4096, torch.bfloat16),
     Case(8, 64, 576, 576, torch.float32, 0.1),
+    Case(8, 1024, 4096, 4096, torch.bfloat16, 0.1, others=(4096, 4096)),
+    Case(16, 110, 576, 576, torch.float16, packed=True, others=(192, 192)),
+    Case(8, 64, 576, 1536, torch.bfloat16, 0.1, others=(1536,)),
 )
 
 
@@ -131,15 +136,21 @@ def recorded(target: str) -> Iterator[list]:
 
 def rows(target: str, case: Case) -> list[Row]:
     """The kernels of a case's forward and backward, in the order of their launches."""
-    N, L, D, F, dtype, dropout, packed = case
+    N, L, D, F, dtype, dropout, packed, others = case
     x = torch.empty(N * L, D, dtype=dtype).requires_grad_()
-    lora_a, lora_b = torch.empty(4, D, 32).requires_grad_(), torch.empty(4, 32, F).requires_grad_()
+    widths = (F, *others)
+    lora_as = [torch.empty(4, D, 32).requires_grad_() for _ in widths]
+    lora_bs = [torch.empty(4, 32, width).requires_grad_() for width in widths]
+    weights = [torch.empty(width, D, dtype=dtype) for width in widths]
     offsets = torch.arange(N + 1, dtype=torch.int32) * L if packed else None
     routing = moe_lora.Routing(torch.zeros(N, 2, dtype=torch.int32), torch.ones(N, 2).requires_grad_(), offsets)
+    settings = (routing, 1.0, dropout, 2**40, "triton")
     with recorded(target) as launches:
-        weight = torch.empty(F, D, dtype=dtype)
-        y = moe_lora.linear(x, weight, None, lora_a, lora_b, routing, 1.0, dropout, 2**40, "triton")
-        y.backward(torch.empty_like(y))
+        if others:
+            ys = moe_lora.linear_group(x, weights, [None] * len(widths), lora_as, lora_bs, *settings)
+        else:
+            ys = (moe_lora.linear(x, weights[0], None, lora_as[0], lora_bs[0], *settings),)
+        torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
     return [_row(target, case, *launch) for launch in launches]
 
 

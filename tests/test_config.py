@@ -24,7 +24,7 @@ def test_preset_loads_and_round_trips(name):
 
 
 def test_presets_are_those_of_the_issue():
-    assert {"demo", "mini", "octavius-2d"} <= {path.stem for path in PRESETS.glob("*.yaml")}
+    assert {"demo", "mini-2d+3d", "octavius-2d"} <= {path.stem for path in PRESETS.glob("*.yaml")}
 
 
 def test_empty_file_is_the_defaults(tmp_path):

@@ -105,8 +105,9 @@ def test_scores_go_by_benchmark(model, records, store):
     assert len(said.texts) == 7 and all(0 <= scores[name]["Acc@1"] <= 1 for name in ("classification", "vqa"))
 
 
-def test_record_without_truth_is_named(model, records, store):
-    bare = [replace(records[1], truth={})]
+def test_record_without_truth_is_named_before_a_question_is_asked(model, records, store, monkeypatch):
+    monkeypatch.setattr(model, "generate", lambda **batch: pytest.fail("asked"))
+    bare = [records[0], replace(records[1], truth={})]
     with pytest.raises(ValueError, match=r"c1.*benchmark"):
         evaluate(model, bare, store, max_new_tokens=2)
 

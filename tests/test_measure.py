@@ -109,10 +109,28 @@ def test_may_time(monkeypatch):
     assert measure.may_time(device)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert not measure.may_time(device)
+    assert not measure.may_time(device) and not measure.applies(device)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not measure.may_time(device)
+
+
+def test_ranks_choose_alike_whatever_their_files_say(log, monkeypatch):
+    moe_lora.linear(*arguments())
+    assert log[-1] == "quick"
+    monkeypatch.setattr(measure, "applies", lambda device: False)  # as on a GPU among others
+    moe_lora.linear(*arguments())
+    assert log[-1] == "slow"  # the first in order
+
+
+def test_forward_alone_is_not_asked_for_a_backward(log, monkeypatch):
+    del dispatch._BACKENDS["quick"].backward
+    inputs = arguments()
+    inputs[3].requires_grad_()
+    moe_lora.linear(*inputs).sum().backward()
+    assert "quick" in log and log[-1] == "reference back"
+    with pytest.raises(ValueError, match="backend quick has no backward"):
+        moe_lora.linear(*inputs, backend="quick").sum().backward()
 
 
 def test_explain_tells_the_times(log):

@@ -291,3 +291,6 @@ UNUSABLE = {
 def test_score_unusable_truth_is_an_error(record, message):
     with pytest.raises(ValueError, match=message):
         metrics.score([record])
+    unanswered = {key: value for key, value in record.items() if key != "prediction"}
+    with pytest.raises(ValueError, match=message):
+        metrics.check([RECORDS[2], unanswered | {"id": 0}])

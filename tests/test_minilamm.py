@@ -100,6 +100,16 @@ def test_build_skips_what_is_there(built, fake, monkeypatch):
     assert minilamm.build(built, SIZES, seed=3, assets=fake) == built
 
 
+@pytest.mark.parametrize("lost", ["images/test_00001.jpg", "test.json"])
+def test_build_mends_what_is_lost(fake, tmp_path, lost):
+    pytest.importorskip("resvg_py")
+    small = minilamm.Sizes(8, 4, 4)
+    folder = minilamm.build(tmp_path / "d", small, assets=fake)
+    before = files(folder)
+    (folder / lost).unlink()
+    assert files(minilamm.build(folder, small, assets=fake)) == before
+
+
 def test_build_replaces_other_settings(fake, tmp_path):
     pytest.importorskip("resvg_py")
     small = minilamm.Sizes(8, 4, 4)

@@ -1,6 +1,7 @@
 """Pictures and clouds in one model: an instance gives the same alone and among others, trains, saves, answers."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,9 +16,11 @@ from octavius.data import read_records
 from octavius.evaluate import evaluate, exchange_pictures
 from octavius.model import Octavius
 from octavius.objects import ObjectStore, Region
+from octavius.pointbert import PointBert
 from octavius.scene_picture import attention, scene_picture
 from octavius.train import load_data, train
 from tests import clouds, tiny
+from tests.test_pointbert import TINY
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,28 @@ def test_branch_learns_and_is_saved(parts, root, records, tmp_path):
     assert torch.equal(again(**made)["loss"], model.eval()(**made)["loss"])
     with pytest.raises(ValueError, match=r"must be .* for this model, got"):
         tiny.make(parts).load(tmp_path)
+
+
+def test_point_encoder_is_saved_with_the_model(parts, root, records, tmp_path):
+    """Where the encoder that the config names is another one by now, as `small` is on another machine."""
+    shutil.copytree(root, tmp_path / "root")
+    model = clouds.make(parts, tmp_path / "root")
+    model.save(tmp_path / "model")
+    torch.manual_seed(4)
+    PointBert(TINY).save(tmp_path / "root/encoder")
+    again, other = Octavius.from_folder(tmp_path / "model"), clouds.make(parts, tmp_path / "root")
+    chosen = [record for record in records if record.cloud]
+    asked = clouds.batch(again.eval(), chosen, answer=False)
+    assert torch.equal(asked["objects"], clouds.batch(model, chosen, answer=False)["objects"])
+    assert again.generate(**asked, max_new_tokens=5)[0] == model.generate(**asked, max_new_tokens=5)[0]
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="its point encoder must be this model's, got another"):
+        other.load(tmp_path / "model")
+    (tmp_path / "model/pointbert.safetensors").unlink()
+    for call in (lambda: again.load(tmp_path / "model"), lambda: Octavius.from_folder(tmp_path / "model")):
+        with pytest.raises(ValueError, match=r"pointbert\.safetensors: cannot be read as a Point-BERT checkpoint"):
+            call()
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 def test_training_joins_both_and_repeats_3d(parts, root, tmp_path):

@@ -1,12 +1,24 @@
 """The point encoder: farthest points, groups, a float64 reference of the transformer, checkpoints."""
 
+import io
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from octavius.pointbert import PointBert, PointBertConfig, encode, farthest_points, group, load_pointbert, prepare
+from octavius.pointbert import (
+    PointBert,
+    PointBertConfig,
+    encode,
+    farthest_points,
+    group,
+    load_pointbert,
+    normalise,
+    prepare,
+)
 from octavius.points import PointCloud
 
 TINY = PointBertConfig(
@@ -51,14 +63,26 @@ def test_object_with_fewer_points_than_a_group_repeats_them():
 
 def test_input_is_centred_and_scaled():
     small, large = clouds(60)[0], PointCloud(clouds(60)[0].xyz * 1000 + 7, clouds(60)[0].rgb)
-    one, other = (prepare([c], TINY, np.random.default_rng(1)) for c in (small, large))
+    drawn = [prepare([c], TINY, np.random.default_rng(1)) for c in (small, large)]
+    (one, size), (other, larger) = map(normalise, drawn)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(1000 * size, larger)
     assert one[..., :3].norm(dim=-1).max() == pytest.approx(1) and one.shape == (1, 40, 6)
+    torch.testing.assert_close(size[0], torch.from_numpy(np.ptp(drawn[0][0, :, :3].numpy(), 0)))
     assert prepare([small], replace(TINY, channels=3), np.random.default_rng(1)).shape == (1, 40, 3)
 
 
+def test_size_counts_in_metres_alone():
+    points = torch.rand(2, 40, 6)
+    larger = torch.cat((3 * points[..., :3], points[..., 3:]), -1)
+    for metric in (False, True):
+        model = PointBert(replace(TINY, metric=metric)).eval()
+        same = torch.allclose(model(points), model(larger), atol=1e-4)
+        assert same != metric
+
+
 def test_forward_matches_a_reference_in_float64():
-    model = PointBert(TINY).eval()
+    model = PointBert(replace(TINY, metric=True)).eval()
     for value in model.parameters():
         torch.nn.init.normal_(value, std=0.4)
     points = torch.randn(2, 40, 6)
@@ -74,14 +98,18 @@ def test_forward_matches_a_reference_in_float64():
     def norm(x, name):
         return torch.nn.functional.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
 
-    groups, centres = (t.double() for t in group(points, 5, 4))
+    xyz = points[..., :3].double() - points[..., :3].double().mean(1, keepdim=True)
+    size = xyz.amax(1) - xyz.amin(1)
+    xyz = xyz / xyz.norm(dim=-1).amax(1)[:, None, None]
+    groups, centres = group(torch.cat((xyz, points[..., 3:].double()), -1), 5, 4)
     local = linear(bn(linear(groups, "encoder.first_conv.0"), "encoder.first_conv.1").relu(), "encoder.first_conv.3")
     joint = torch.cat((local.amax(2, keepdim=True).expand_as(local), local), -1)
     joint = linear(bn(linear(joint, "encoder.second_conv.0"), "encoder.second_conv.1").relu(), "encoder.second_conv.3")
     x = torch.cat((p["cls_token"].expand(2, -1, -1), linear(joint.amax(2), "reduce_dim")), 1)
     gelu = torch.nn.functional.gelu
     pos = linear(gelu(linear(centres, "pos_embed.0")), "pos_embed.2")
-    pos = torch.cat((p["cls_pos"].expand(2, -1, -1), pos), 1)
+    told = linear(gelu(linear(size.log(), "size_embed.0")), "size_embed.2")
+    pos = torch.cat((p["cls_pos"] + told[:, None], pos), 1)
     for i in range(2):
         x = x + pos
         name = f"blocks.blocks.{i}"
@@ -133,9 +161,42 @@ def test_unfit_checkpoints_are_named(tmp_path):
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt: blocks.blocks.0.attn.proj.bias must be \(384,\) .* got \(12,\)"):
         load_pointbert(tmp_path / "x.pt")
-    (tmp_path / "bad.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+
+
+def saved(what) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(what, buffer)
+    return buffer.getvalue()
+
+
+HOSTILE = {
+    "empty": b"",
+    "text": b"hello world",
+    "command": b"cos\nsystem\n(S'true'\ntR.",
+    "class": pickle.dumps(PointBert, 2),
+    "number": pickle.dumps(3, 2),
+    "stack": b"(((((",
+    "text-cut": b"\x80\x02X\x03\x00\x00\x00\xff\xff\xff.",
+    "cut": saved({"a": torch.ones(99)})[:-60],
+    "list": saved([1]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_unreadable_checkpoints_are_refused(tmp_path, name, suffix):
+    (tmp_path / f"x{suffix}").write_bytes(HOSTILE[name])
+    with pytest.raises(ValueError, match="cannot be read as a Point-BERT checkpoint"):
+        load_pointbert(tmp_path / f"x{suffix}")
+
+
+def test_a_checkpoint_of_no_tensors_is_named(tmp_path):
+    torch.save({"cls_token": 3, "epoch": "x"}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"blocks\.blocks\.0.* got None"):
+        load_pointbert(tmp_path / "x.pt")
+    save_file({"cls_token": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_pointbert(tmp_path / "bad.pt")
+        load_pointbert(tmp_path / "x.safetensors")
 
 
 def test_config_is_checked():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from octavius import assets, pretrain_points
+from octavius.furniture import Furniture
 from octavius.pointbert import PRESETS, PointBert, PointBertConfig, load_pointbert
 from octavius.points import PointCloud
 from octavius.pretrain_points import PretrainConfig, augment, contrast, embed_texts, occupancy, pretrain
@@ -30,8 +31,27 @@ def test_augmented_objects_stay_objects():
     cloud = PointCloud(rng.normal(size=(4096, 3)).astype(np.float32), rng.random((4096, 3)).astype(np.float32))
     for _ in range(30):
         made = augment(cloud, rng)
-        assert 100 < len(made) <= 2048 + 96 and np.isfinite(made.xyz).all()
+        assert 75 < len(made) <= 1000 + 3 * 300 and np.isfinite(made.xyz).all()
         assert made.rgb.min() >= 0 and made.rgb.max() <= 1 and made.xyz.dtype == np.float32
+        ratio = np.prod(np.ptp(made.xyz, 0) / np.ptp(cloud.xyz, 0)) ** (1 / 3)
+        assert 0.75 * 0.49 * 0.6 < ratio < 1.25 * 2.02 * 1.5  # a half hidden, or turned by 45 degrees
+
+
+def test_classes_are_drawn_equally_often():
+    labels = ["a"] * 6 + ["b"] * 2 + [""] * 4
+    odds = pretrain_points._odds(labels, 0.6)
+    assert odds.sum() == pytest.approx(1)
+    for label, count in (("a", 6), ("b", 2), ("", 4)):
+        of_class = sum(odds[row] for row, name in enumerate(labels) if name == label)
+        assert of_class == pytest.approx(0.4 * count / 12 + (0.3 if label else 0))
+
+
+def test_sentences_say_class_colour_and_size():
+    model = Furniture("x", "oak chair", "Office", "A", (0.5, 0.5, 0.9), 0.0, "", "", (), "chair")
+    cloud = PointCloud(np.zeros((9, 3), np.float32), np.full((9, 3), 0.9, np.float32))
+    said = pretrain_points.descriptions(model, cloud)
+    assert said[:3] == ("an oak chair", "a chair", "This is a white chair. It is 0.9 m high.")
+    assert "0.5 m wide" in said[3] and len(pretrain_points.descriptions(model, PointCloud(cloud.xyz))) == 4
 
 
 def test_occupancy_is_a_distribution():
@@ -50,13 +70,21 @@ def test_sentences_of_one_meaning_are_near():
 def test_a_minute_of_training_beats_chance(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "small", FAST)
     cache = assets.default_cache() / "points"
-    report = pretrain(tmp_path, PretrainConfig(epochs=6, batch_size=32, learning_rate=2e-3), cache)
+    report = pretrain(tmp_path, PretrainConfig(steps=100, batch_size=32, learning_rate=2e-3), cache)
     assert report["loss"][-1] < report["loss"][0] - 1
     for side in ("test", "zeroshot"):
         scores = report[side]
         assert scores["zero_shot_acc"] > 2.5 * scores["zero_shot_chance"]
         assert scores["image_recall@5"] > 2.5 * scores["image_chance@5"]
+        assert scores["labelled"] > 50
     assert load_pointbert(tmp_path).config == FAST
+
+
+def test_an_encoder_of_another_recipe_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "default_cache", lambda: tmp_path)
+    first = pretrain_points.default_folder("small")
+    monkeypatch.setattr(pretrain_points, "RECIPE", pretrain_points.RECIPE + 1)
+    assert pretrain_points.default_folder("small") != first
 
 
 def test_pretraining_leaves_the_callers_random_numbers(tmp_path, monkeypatch):

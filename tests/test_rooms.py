@@ -87,6 +87,9 @@ def test_catalogue_and_points(tmp_path):
     counts = {side: Counter(m.label for m in members if m.label) for side, members in sides.items()}
     assert set(counts["train"]) == set(CLASSES) == set(counts["test"]) and len(counts["zeroshot"]) >= 10
     assert not {m.id for m in sides["train"]} & {m.id for m in sides["test"]}
+    held = {side: Counter(m.label for m in members) for side, members in rooms.usable(models).items()}
+    assert len(held["test"]) == 11 and min(held["test"].values()) >= 3 and set(held["train"]) == set(held["test"])
+    assert set(held["zeroshot"]) < set(held["test"]) and "" not in held["train"]
     for item in models[::120]:
         cloud = furniture.sample(folder, item)
         np.testing.assert_allclose(cloud.xyz.max(0) - cloud.xyz.min(0), item.size, rtol=0.12)
@@ -108,6 +111,8 @@ def test_build_is_repeatable_and_holds_out_models(tmp_path):
                 assert all(np.array_equal(a[name], b[name]) for name in a)
     stamp = (one / "train.json").stat().st_mtime_ns
     assert rooms.build(one, SIZES) == one and (one / "train.json").stat().st_mtime_ns == stamp
+    (one / "clouds/test_00002.npz").unlink()
+    assert rooms.build(one, SIZES) == one and (one / "clouds/test_00002.npz").is_file()
     for side in rooms.SIDES:
         check_side(one, side)
 
@@ -139,6 +144,7 @@ def test_build_replaces_its_own_folder_alone(tmp_path, monkeypatch, stock):
     monkeypatch.setattr(furniture, "catalogue", lambda folder: list(stock))
     monkeypatch.setattr(furniture, "load_points", lambda folder, models, cache: list(stock.values()))
     monkeypatch.setattr(furniture, "split", lambda models: dict.fromkeys(rooms.SIDES, models))
+    monkeypatch.setattr(rooms, "FEWEST_MODELS", 1)
     one = rooms.build(tmp_path / "x", rooms.Sizes(1, 1, 1))
     before = (one / "test.json").read_bytes()
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="stopped"):
@@ -152,7 +158,7 @@ def test_build_replaces_its_own_folder_alone(tmp_path, monkeypatch, stock):
 def test_every_side_shows_its_own_models(tmp_path, monkeypatch):
     items = [model(label, number=n) for n in range(8) for label in ("chair", "sofa", "bed", "table")]
     items = [replace(item, name=f"{item.name} {n}") for n, item in enumerate(items)]
-    items += [model(label, catalogue=furniture.UNSEEN) for label in ("chair", "lamp", "door", "table")]
+    items += [model(label, catalogue=furniture.UNSEEN) for label in ("chair", "sofa", "bed", "table", "lamp")]
     stock, shown, annotate = {item: shell(item) for item in items}, {}, rooms.annotate
 
     def watch(name, room, placed):
@@ -163,9 +169,11 @@ def test_every_side_shows_its_own_models(tmp_path, monkeypatch):
     monkeypatch.setattr(furniture, "catalogue", lambda folder: list(stock))
     monkeypatch.setattr(furniture, "load_points", lambda folder, models, cache: list(stock.values()))
     monkeypatch.setattr(rooms, "annotate", watch)
+    monkeypatch.setattr(rooms, "FEWEST_MODELS", 2)
     rooms.build(tmp_path / "x", rooms.Sizes(8, 8, 4))
     own = {side: {item.id for item in members} for side, members in furniture.split(items).items()}
     assert set(shown) == set(rooms.SIDES) and all(shown[side] <= own[side] for side in shown)
+    assert not any("lamp" in item for item in set.union(*shown.values()))  # no test model is one
     assert all(len(ids) >= 3 for ids in shown.values()) and len(set.union(*own.values())) == len(items)
 
 

@@ -101,7 +101,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(parts, tmp_path):
     config = run_config(parts, tmp_path, steps=8, save_steps=4, model=model)
     whole, report = train(config)
     shutil.rmtree(tmp_path / "checkpoint-8")
-    for file in tmp_path.glob("*.safetensors"):
+    for file in (*tmp_path.glob("*.safetensors"), tmp_path / "train.json"):
         file.unlink()
     again, resumed = train(config, resume=True)
     assert resumed["steps"] == 8 and losses(resumed) == losses(report)
@@ -109,6 +109,20 @@ def test_resumed_run_ends_as_the_uninterrupted_one(parts, tmp_path):
     assert 0.2 < tokens[0] / tokens[1] < 0.8  # it did not start afresh
     for name, tensor in trained(whole).items():
         assert torch.equal(trained(again)[name], tensor), name
+
+
+def test_finished_run_is_loaded_and_a_longer_one_goes_on(parts, tmp_path):
+    config = run_config(parts, tmp_path, steps=4, save_steps=4)
+    first, report = train(config)
+    again, loaded = train(config, resume=True)
+    assert loaded == report
+    for name, tensor in trained(first).items():
+        assert torch.equal(trained(again)[name], tensor), name
+    _, resumed = train(replace(config, train=replace(config.train, steps=6)), resume=True)
+    assert (
+        resumed["steps"] == 6
+        and resumed["tokens_per_second"] * resumed["seconds"] < report["tokens_per_second"] * report["seconds"]
+    )
 
 
 def test_every_epoch_has_an_order_of_its_own(parts, tmp_path):

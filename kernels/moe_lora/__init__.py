@@ -3,6 +3,7 @@
 from moe_lora.checkpoint import load, save
 from moe_lora.dispatch import backends, explain
 from moe_lora.gate import InstanceGate, expert_share, load_balancing_loss
+from moe_lora.group import linear_group
 from moe_lora.inject import apply, route
 from moe_lora.layers import MoELoRAConfig, MoELoRALinear
 from moe_lora.ops import linear
@@ -18,6 +19,7 @@ __all__ = [
     "expert_share",
     "explain",
     "linear",
+    "linear_group",
     "load",
     "load_balancing_loss",
     "route",

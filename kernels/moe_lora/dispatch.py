@@ -6,22 +6,32 @@ A backend is a module with
     kernel(x, weight, lora_a, plan) -> (name of the kernel it would run, why that one)
     forward(x, weight, bias, lora_a, lora_b, plan) -> y, h
     backward(dy, x, weight, lora_a, lora_b, h, plan, needs) -> [dx, dA, dB, dgates], None where not needed
-with h [T, K·R] as `reference` defines it.
+with h [T, K·R] as `reference` defines it. "auto" takes one without `backward` for the
+forward alone. A backend that can run a group of linears of one x together also has
+    refuses_group(x, weights, lora_as, plan) -> None or the reason why it cannot, or why that would not pay
+    forward_group(x, weights, biases, lora_as, lora_bs, plan) -> ys, hs
+    backward_group(dys, x, weights, lora_as, lora_bs, hs, plan, needs) -> dx, [dA], [dB], dgates
+with `needs` for x, the gates, each A, each B.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
 from torch import Tensor
 
-from moe_lora import cpu, measure, reference, triton_backend
+from moe_lora import cpu, cuda, measure, reference, triton_backend
 from moe_lora.routing import Plan, Routing
 
 # In the order in which "auto" asks them, where none was timed.
-_BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {
+    "cuda": cuda,
+    "triton": triton_backend,
+    "cpu": cpu,
+    "reference": reference,
+}
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,21 @@ def backends() -> dict[str, str | None]:
     return {name: module.unavailable() for name, module in _BACKENDS.items()}
 
 
-def explain(x: Tensor, weight: Tensor, lora_a: Tensor, routing: Routing, backend: str = "auto") -> Explanation:
-    """Which backend and kernel `linear` would run for this call, and why.
+def explain(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    lora_a: Tensor | Sequence[Tensor],
+    routing: Routing,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend and kernel `linear` would run for this call, and why; of lists, `linear_group`.
 
     Raises:
         ValueError: no such backend, or it cannot run this call (says why).
     """
+    if not isinstance(weight, Tensor):
+        return _explain_group(x, weight, list(lora_a), routing, backend)
+    assert isinstance(lora_a, Tensor)
     plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None)
     module = choose(backend, x, weight, lora_a, plan)
     names = list(_BACKENDS)
@@ -61,6 +80,20 @@ def explain(x: Tensor, weight: Tensor, lora_a: Tensor, routing: Routing, backend
         reasons = ["the first that can run", *(f"not {key}: {_reason(key, x, weight, lora_a, plan)}" for key in before)]
     kernel, why = module.kernel(x, weight, lora_a, plan)
     return Explanation(found, kernel, "; ".join([*reasons, why]))
+
+
+def _explain_group(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], routing: Routing, backend: str
+) -> Explanation:
+    plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None)
+    module = choose_group(backend, x, weights, lora_as, plan)
+    found, kernel, why = vars(explain(x, weights[0], lora_as[0], routing, backend)).values()
+    if module is None:
+        reason = _reason_group(found, x, weights, lora_as, plan) or "timed here, that is faster"
+        return Explanation(found, "one by one", f"{reason}; the first: {kernel}, {why}")
+    found = list(_BACKENDS)[list(_BACKENDS.values()).index(module)]
+    kernel, why = module.kernel(x, weights[0], lora_as[0], plan)
+    return Explanation(found, f"{len(weights)} together, {kernel}", why)
 
 
 def choose(
@@ -83,8 +116,10 @@ def choose(
         reason = _reason(name, x, weight, lora_a, plan)
         if reason is not None:
             raise ValueError(f"backend {name} cannot run this call: {reason}")
+        if needs is not None and not differentiable(name):
+            raise ValueError(f"backend {name} has no backward: use backend='auto', or torch.no_grad()")
         return _BACKENDS[name]
-    able = _able(x, weight, lora_a, plan)
+    able = _able(x, weight, lora_a, plan, needs)
     if len(able) == 1 or not measure.applies(x.device):
         return _BACKENDS[able[0]]
     times = _known(x, weight, lora_a, plan, needs)
@@ -94,8 +129,52 @@ def choose(
     return _BACKENDS[next(iter(times)) if times else able[0]]
 
 
-def _able(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> list[str]:
-    return [name for name in _BACKENDS if _reason(name, x, weight, lora_a, plan) is None]
+def choose_group(
+    backend: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    plan: Plan,
+    needs: tuple[bool, ...] | None = None,
+    run: Callable[[ModuleType | None], object] | None = None,
+) -> ModuleType | None:
+    """The backend that runs these linears of one x together; None if each is to run by its own choice."""
+    name, _ = _resolve(backend)
+    for each in _BACKENDS if name == "auto" else (name,):
+        if _reason_group(each, x, weights, lora_as, plan) is None:
+            break
+    else:
+        return None
+    if name != "auto" or not measure.applies(x.device):
+        return _BACKENDS[each]
+    members = zip(weights, lora_as, strict=True)
+    bucket = "+".join(measure.bucket(x, weight, lora_a, plan, needs) for weight, lora_a in members)
+    times = measure.known(bucket, x.device, ["together", "apart"])
+    if not times and run is not None and measure.may_time(x.device):
+        runs = {"together": partial(run, _BACKENDS[each]), "apart": partial(run, None)}
+        times = measure.time_all(bucket, x.device, runs)
+    return None if times and next(iter(times)) == "apart" else _BACKENDS[each]
+
+
+def _reason_group(name: str, x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
+    """Why this backend does not run the group together."""
+    module = _BACKENDS.get(name)
+    if module is None or not hasattr(module, "forward_group"):
+        return "it runs the members one after the other"
+    for weight, lora_a in zip(weights, lora_as, strict=True):
+        if reason := _reason(name, x, weight, lora_a, plan):
+            return reason
+    return module.refuses_group(x, weights, lora_as, plan)
+
+
+def differentiable(name: str) -> bool:
+    """Whether a backend has a backward; "auto" always finds one."""
+    return name == "auto" or hasattr(_BACKENDS[name], "backward")
+
+
+def _able(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None) -> list[str]:
+    able = [name for name in _BACKENDS if _reason(name, x, weight, lora_a, plan) is None]
+    return [name for name in able if needs is None or differentiable(name)]
 
 
 def _known(
@@ -104,7 +183,7 @@ def _known(
     """Times of all that can run the call, fastest first, if all were timed."""
     if not measure.applies(x.device):
         return None
-    able = _able(x, weight, lora_a, plan)
+    able = _able(x, weight, lora_a, plan, needs)
     return measure.known(measure.bucket(x, weight, lora_a, plan, needs), x.device, able)
 
 

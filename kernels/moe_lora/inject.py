@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lora.layers import MoELoRAConfig, MoELoRALinear, RouteSlot
+from moe_lora.layers import MoELoRAConfig, MoELoRALinear, RouteSlot, Siblings
 from moe_lora.routing import Routing
 
+# Children that a module of the Llama family calls one after the other with the same x; q, k, v if it is causal.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-def apply(model: nn.Module, config: MoELoRAConfig) -> nn.Module:
+
+def apply(model: nn.Module, config: MoELoRAConfig, group: bool = True) -> nn.Module:
     """Replaces the config's target linears by `MoELoRALinear`, in place, and freezes every other parameter.
+
+    Args:
+        group: compute q_proj, k_proj and v_proj of a causal attention together, and gate_proj and up_proj, by
+            `linear_group`, if all of them are targets. Names, parameters and results stay as they are; the siblings
+            share a dropout mask. Not in a compiled graph and not in inference mode, where each layer runs alone.
 
     Returns:
         The model.
@@ -31,7 +39,38 @@ def apply(model: nn.Module, config: MoELoRAConfig) -> nn.Module:
             layers[base] = MoELoRALinear.from_linear(base, config, slot)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[base])
+    if group:
+        for parent in list(model.modules()):
+            _group(parent, slot)
     return model
+
+
+def _group(parent: nn.Module, slot: RouteSlot) -> None:
+    for names in _SIBLINGS:
+        layers = [parent._modules.get(name) for name in names]
+        causal = names[0] != "q_proj" or getattr(parent, "is_causal", False)
+        if causal and all(isinstance(layer, MoELoRALinear) for layer in layers) and len(set(layers)) == len(layers):
+            hooks = _Together(slot, names)
+            parent.register_forward_pre_hook(hooks.before)
+            parent.register_forward_hook(hooks.after, always_call=True)
+
+
+class _Together:
+    """Hooks of a parent: while its forward runs, the layers of these names are computed together."""
+
+    def __init__(self, slot: RouteSlot, names: tuple[str, ...]):
+        self.slot, self.names = slot, names
+
+    def before(self, parent: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():  # a change of x in place between the calls could not be seen
+            return
+        layers = [parent._modules.get(name) for name in self.names]
+        mine = [layer for layer in layers if type(layer) is MoELoRALinear and layer.slot is self.slot]
+        self.slot.siblings = Siblings(mine) if len(mine) > 1 else None
+
+    def after(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.slot.siblings = None
 
 
 def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moe_lora.group import linear_group
 from moe_lora.ops import linear
 from moe_lora.routing import Routing
 
@@ -54,6 +55,7 @@ class RouteSlot(threading.local):
     """
 
     routing: Routing | None = None
+    siblings: "Siblings | None" = None  # while the forward of their parent runs
 
     def __reduce__(self):
         return RouteSlot, ()
@@ -102,6 +104,10 @@ class MoELoRALinear(nn.Module):
                     "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in "
                     "the same thread, or pass routing="
                 )
+        siblings = None if torch.compiler.is_compiling() else self.slot.siblings
+        y = siblings.output(self, x, routing) if siblings is not None else None
+        if y is not None:
+            return y
         dropout = self.config.dropout if self.training else 0.0
         return linear(x, self.weight, self.bias, self.lora_a, self.lora_b, routing, self.scale, dropout)
 
@@ -111,3 +117,51 @@ class MoELoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"num_experts={config.num_experts}, rank={config.rank}, scale={self.scale:g}, dropout={config.dropout}"
         )
+
+
+class Siblings:
+    """Layers which their parent calls one after the other with the same x: the first call computes all of them.
+
+    One is made for each run of the parent's forward (see `inject.py`) and dropped after it. A layer gets what was
+    computed for it if it is called with that very x, not changed since, and the same routing and modes; otherwise it
+    runs alone.
+    """
+
+    def __init__(self, layers: list[MoELoRALinear]):
+        self.layers = layers
+        self.waiting: dict[MoELoRALinear, Tensor] = {}
+        self.call: tuple = ()
+
+    def output(self, layer: MoELoRALinear, x: Tensor, routing: Routing) -> Tensor | None:
+        """y of the layer; None if it must run alone."""
+        if layer not in self.layers or x.is_inference():  # inference tensors do not count their changes
+            return None
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training, x._version)
+        if not self.waiting and all(_alike(layer, other) for other in self.layers):
+            ys = linear_group(
+                x,
+                [each.weight for each in self.layers],
+                [each.bias for each in self.layers],
+                [each.lora_a for each in self.layers],
+                [each.lora_b for each in self.layers],
+                routing,
+                layer.scale,
+                layer.config.dropout if layer.training else 0.0,
+            )
+            self.waiting, self.call = dict(zip(self.layers, ys, strict=True)), (x, routing, modes)
+        if layer not in self.waiting or self.call[0] is not x or self.call[1:] != (routing, modes):
+            return None
+        return self.waiting.pop(layer)
+
+
+def _alike(layer: MoELoRALinear, other: MoELoRALinear) -> bool:
+    """Whether the other's parameters are there (not sharded, not offloaded) and it would run like the layer."""
+    return (
+        other.training == layer.training
+        and all(
+            type(one) is type(two) and one.device == two.device and one.dtype == two.dtype
+            for one, two in ((layer.weight, other.weight), (layer.lora_a, other.lora_a))
+        )
+        and other.weight.shape == (other.out_features, other.in_features)
+        and other.lora_a.shape == layer.lora_a.shape
+    )

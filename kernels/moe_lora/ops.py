@@ -59,7 +59,7 @@ def linear(
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check(x, weight, bias, lora_a, lora_b, routing, dropout)
+    check(x, weight, bias, lora_a, lora_b, routing, dropout)
     seed = as_seed(seed) if dropout else None
     y, _ = torch.ops.moe_lora.linear(
         x, weight, bias, lora_a, lora_b, routing.experts, routing.gates, routing.offsets, scale, dropout, seed, backend
@@ -67,9 +67,10 @@ def linear(
     return y
 
 
-def _check(
+def check(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, routing: Routing, dropout: float
-):
+) -> None:
+    """Raises what `linear` raises for arguments that disagree."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
     if x.dim() == 0 or not x.is_floating_point():
@@ -114,7 +115,7 @@ def _forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dr
     def run(module):
         return module.forward(x, weight, bias, lora_a, lora_b, plan)
 
-    with _no_autocast(x):
+    with no_autocast(x):
         return run(dispatch.choose(backend, x, weight, lora_a, plan, run=run))
 
 
@@ -126,7 +127,7 @@ def _backward(
     def run(module):
         return module.backward(dy, x, weight, lora_a, lora_b, h, plan, needs)
 
-    with _no_autocast(x):
+    with no_autocast(x):
         grads = run(dispatch.choose(backend, x, weight, lora_a, plan, tuple(needs), run))
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -167,7 +168,7 @@ def _autograd_of_backward(ctx: Any, *grads: Tensor) -> tuple:
     raise RuntimeError("moe_lora.linear has no second derivative; do not use create_graph=True through it")
 
 
-def _no_autocast(x: Tensor):
+def no_autocast(x: Tensor):
     """The backends choose their dtypes themselves; autocast would cast their fp32 sums once more."""
     device_type = x.device.type
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

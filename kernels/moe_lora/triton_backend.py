@@ -5,9 +5,12 @@
     backward ds = dy Bᵀ, dx = dy W + drop((s g ds) Aᵀ)   the same two kernels on the transposed tensors
              dA_e = Σ drop(x)ᵀ (s g ds), dB_e = Σ (s g h)ᵀ dy, dg = s Σ <ds, h>
 
+Two or three linears of one x share its shrink, their dx is one expand over all of them, and their dA one pass over x.
+
 The kernels are in `triton_kernels.py`; here are their shapes. triton is imported at the first call that needs it.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +26,7 @@ from moe_lora.routing import Plan
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_RANK = 256
+_MAX_GROUP = 3
 
 
 def unavailable() -> str | None:
@@ -58,16 +62,24 @@ def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, 
     return call.form, f"{call.why}; tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
 
 
+def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
+    """Why these linears of one x cannot run together."""
+    if not 1 < len(weights) <= _MAX_GROUP:
+        return f"a group has 2 to {_MAX_GROUP} members here, got {len(weights)}"
+    if x.dtype == torch.float32:
+        return "float32 leaves no registers for the sums of more than one"
+    if len({lora_a.shape for lora_a in lora_as}) > 1:
+        return f"lora_a must have one shape, got {', '.join(str(tuple(lora_a.shape)) for lora_a in lora_as)}"
+    if not all(tensor.is_contiguous() for tensor in (*weights, *lora_as)):
+        return "weights and lora_a must be contiguous"
+    return None
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
-    rows = _rows(x)
-    call = _Call(rows, lora_a, plan)
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    with _on(x.device):
-        h = call.shrink(rows, lora_a, dropout=True)
-        call.expand(rows, weight.t(), bias, lora_b, h, y, dropout=False)
+    (y,), (h,) = forward_group(x, [weight], [bias], [lora_a], [lora_b], plan)
     return y, h
 
 
@@ -76,22 +88,66 @@ def backward(
 ) -> list[Tensor | None]:
     """dx, dA, dB and dgates, each in its tensor's dtype, or None where `needs` says so."""
     need_dx, need_da, need_db, need_dgates = needs
-    rows, drows = _rows(x), _rows(dy)
-    call = _Call(rows, lora_a, plan)
-    dx = da = db = dgates = None
+    needs = [need_dx, need_dgates, need_da, need_db]
+    dx, (da,), (db,), dgates = backward_group([dy], x, [weight], [lora_a], [lora_b], [h], plan, needs)
+    return [dx, da, db, dgates]
+
+
+def forward_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    plan: Plan,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y [..., F] and h [T, K·R] of each member."""
+    rows = _rows(x)
+    call = _Call(rows, lora_as[0], plan)
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     with _on(x.device):
-        if need_db:
-            db = call.expert_grad(h, drows, lora_b, transposed=False)
-        if need_dx or need_da or need_dgates:
-            ds = call.shrink(drows, lora_b.transpose(1, 2), dropout=False)
+        hs = call.shrink(rows, lora_as, dropout=True)
+        for weight, bias, b, h, y in zip(weights, biases, lora_bs, hs, ys, strict=True):
+            call.expand([rows], [weight.t()], bias, [b], [h], y, dropout=False)
+    return ys, hs
+
+
+def backward_group(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    hs: Sequence[Tensor],
+    plan: Plan,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """dx, dA and dB of each member, dgates; None where `needs` (of x, the gates, each A, each B) says so."""
+    members = len(weights)
+    need_dx, need_dgates, need_das, need_dbs = needs[0], needs[1], needs[2 : 2 + members], needs[2 + members :]
+    rows, drows = _rows(x), [_rows(dy) for dy in dys]
+    call = _Call(rows, lora_as[0], plan)
+    dx = dgates = None
+    das: list[Tensor | None] = [None] * members
+    dbs: list[Tensor | None] = [None] * members
+    with _on(x.device):
+        for m in range(members):
+            if need_dbs[m]:
+                (dbs[m],) = call.expert_grads([hs[m]], drows[m], [lora_bs[m]], transposed=False)
+        if need_dx or need_dgates or any(need_das):
+            pairs = zip(drows, lora_bs, strict=True)
+            dss = [call.shrink(dy, [lora_b.transpose(1, 2)], dropout=False)[0] for dy, lora_b in pairs]
             if need_dgates:
-                dgates = call.gate_grad(ds, h)
+                dgates, *others = [call.gate_grad(ds, h) for ds, h in zip(dss, hs, strict=True)]
+                for other in others:
+                    dgates += other
             if need_dx:
                 dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-                call.expand(drows, weight, None, lora_a.transpose(1, 2), ds, dx, dropout=True)
-            if need_da:
-                da = call.expert_grad(ds, rows, lora_a, transposed=True)
-    return [dx, da, db, dgates]
+                call.expand(drows, weights, None, [a.transpose(1, 2) for a in lora_as], dss, dx, dropout=True)
+            if any(need_das):
+                found = call.expert_grads(dss, rows, lora_as, transposed=True)
+                das = [da if need else None for da, need in zip(found, need_das, strict=True)]
+    return dx, das, dbs, dgates
 
 
 @dataclass(frozen=True)
@@ -181,6 +237,11 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _three(values: Sequence[Any]) -> list[Any]:
+    """A launch's arguments for each of three members; None for those that are not."""
+    return [*values, None, None][:3]
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -222,7 +283,7 @@ class _Call:
     def _block_t(self) -> int:
         return min(128, max(16, _power_of_2(self.T)))
 
-    def expand_tile(self, F: int, D: int) -> _Tile:
+    def expand_tile(self, F: int, D: int, members: int = 1) -> _Tile:
         """Of the kernel that writes F columns from sums over D."""
         block_t, half = self._block_t(), self.dtype != torch.float32
         if block_t <= 32:
@@ -230,7 +291,8 @@ class _Call:
         if not half:
             return self._staged(_Tile(min(block_t, 64), 64, 16, 4 if self.device.backend == "cuda" else 8, 2))
         if not self._hopper():
-            return self._staged(_Tile(block_t, 128, 64, 8, 3))
+            narrow = members > 1 and self.device.backend == "hip"  # the wide one would spill on gfx1100
+            return self._staged(_Tile(block_t, 64 if narrow else 128, 64, 8, 3))
         wide = block_t == 128 and 128 * 256 * self.device.processors <= self.T * F and self.device.shared > 1 << 17
         return self._staged(_Tile(block_t, 256 if wide else 128, 64, 8, 4))
 
@@ -240,68 +302,92 @@ class _Call:
         stages = 2 if self.device.backend == "hip" else max(1, min(tile.num_stages, self.device.shared // stage))
         return _Tile(tile.BLOCK_T, tile.BLOCK_F, tile.BLOCK_D, tile.num_warps, stages)
 
-    def shrink(self, x: Tensor, lora: Tensor, dropout: bool) -> Tensor:
-        """h [T, K·R] of x [T, D] and lora [E, D, R], or ds of dy and B transposed."""
-        h = x.new_empty(self.T, self.K * self.R)
-        if not h.numel():
-            return h
-        D = x.shape[1]
-        grid = self.shrink_grid(D)
-        out = h if grid.splits == 1 else x.new_empty(grid.splits, *h.shape, dtype=torch.float32)
+    def shrink(self, x: Tensor, loras: Sequence[Tensor], dropout: bool) -> list[Tensor]:
+        """h [T, K·R] of x [T, D] and each lora [E, D, R], or ds of dy and B transposed."""
+        hs = [x.new_empty(self.T, self.K * self.R) for _ in loras]
+        if not hs[0].numel():
+            return hs
+        D, lora = x.shape[1], loras[0]
+        grid = self.shrink_grid(D, len(loras))
+        outs = hs if grid.splits == 1 else [x.new_empty(grid.splits, *h.shape, dtype=torch.float32) for h in hs]
         _kernels().shrink_kernel[grid[:3]](
-            x, lora, out, self.experts, self.offsets, *self._seed(dropout),
+            x, *_three(loras), *_three(outs), self.experts, self.offsets, *self._seed(dropout),
             self.T, self.N, self.L, self.N.bit_length(), D, self.E, grid.splits,
             x.stride(0), lora.stride(0), lora.stride(2), lora.stride(1),
             C=grid.C, INSTANCE=self.instance, EVEN_D=D % grid.BLOCK_D == 0, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=8 if grid.C > 64 and grid.BLOCK_T == 64 else 4, num_stages=self._stages(self._half_or(3, 2)),
+            num_warps=8 if grid.BLOCK_T == 64 and (grid.C > 64 or len(loras) > 1) else 4,
+            num_stages=self._stages(self._shrink_stages(grid, loras)),
         )  # fmt: skip
-        return h if grid.splits == 1 else self._summed(out, h)
+        return hs if grid.splits == 1 else [self._summed(out, h) for out, h in zip(outs, hs, strict=True)]
 
-    def shrink_grid(self, D: int) -> _Grid:
+    def _shrink_stages(self, grid: _Grid, loras: Sequence[Tensor]) -> int:
+        """As many as fit in shared memory, of a group; 3 or 2."""
+        most = self._half_or(3, 2)
+        if len(loras) == 1:
+            return most
+        stage = grid.BLOCK_D * (grid.BLOCK_T * self.dtype.itemsize + grid.C * len(loras) * loras[0].itemsize)
+        return max(1, min(most, self.device.shared // stage))
+
+    def shrink_grid(self, D: int, members: int = 1) -> _Grid:
         slots = self.K if self.instance else self.E
         columns = min(self.columns, _power_of_2(slots) * self.rank)
         wide = self._hopper() and columns <= 64
         block_t, block_d = min(self._half_or(64, 32), self._block_t()), self._half_or(128 if wide else 64, 16)
+        if members > 1:  # more loads and sums at a time
+            block_d = self._half_or(64 if wide else 32, 16)
         tiles, groups = self.tiles(block_t), _cdiv(slots * self.rank, columns)
         splits = max(1, min(self.device.processors // (tiles * groups), D // (4 * block_d)))
         return _Grid(tiles, groups, splits, columns, block_t, block_d)
 
     def expand(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, lora: Tensor, h: Tensor, y: Tensor, dropout: bool
+        self,
+        xs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        loras: Sequence[Tensor],
+        hs: Sequence[Tensor],
+        y: Tensor,
+        dropout: bool,
     ) -> None:
-        """Writes y [T, F] of x [T, D], weight [D, F], lora [E, R, F] and h; or dx of dy, W, A transposed and ds."""
-        D, F = weight.shape
+        """Writes y [T, F] of x [T, D], weight [D, F], lora [E, R, F] and h; or dx, the sum over dy, W, A transposed and
+        ds of each member."""
+        Ds, F = [weight.shape[0] for weight in weights], weights[0].shape[1]
         if not y.numel():
             return
-        tile = self.expand_tile(F, D)
+        tile, lora = self.expand_tile(F, sum(Ds), len(xs)), loras[0]
         tiles, groups = self.tiles(tile.BLOCK_T), _cdiv((self.K if self.instance else self.E) * self.rank, self.step)
         _kernels().expand_kernel[(tiles * _cdiv(F, tile.BLOCK_F),)](
-            x, weight, bias if bias is not None else x, lora, h, y, self.experts, self.gates, self.offsets,
-            *self._seed(dropout), self.scale,
-            self.T, self.N, self.L, self.N.bit_length(), D, F, self.E, tiles, groups,
-            x.stride(0), weight.stride(0), weight.stride(1), lora.stride(0), lora.stride(1), lora.stride(2),
-            C=self.step, INSTANCE=self.instance, BIAS=bias is not None, EVEN_D=D % tile.BLOCK_D == 0,
-            PRECISION=self._precision(), **self._sizes(), **self._dropout(dropout, F), BAND=8, **vars(tile),
+            *_three(xs), *_three(weights), bias if bias is not None else xs[0], *_three(loras), *_three(hs), y,
+            self.experts, self.gates, self.offsets, *self._seed(dropout), self.scale,
+            self.T, self.N, self.L, self.N.bit_length(), *_three(Ds), F, self.E, tiles, groups,
+            *_three([x.stride(0) for x in xs]), *weights[0].stride(), *lora.stride(),
+            MEMBERS=len(xs), C=self.step, INSTANCE=self.instance, BIAS=bias is not None,
+            EVEN_D=all(D % tile.BLOCK_D == 0 for D in Ds), PRECISION=self._precision(),
+            **self._sizes(), **self._dropout(dropout, F), BAND=8, **vars(tile),
+            **(self._registers() if len(xs) > 1 and tile.BLOCK_F < 256 else {}),
         )  # fmt: skip
 
-    def expert_grad(self, h: Tensor, x: Tensor, lora: Tensor, transposed: bool) -> Tensor:
-        """dB like lora [E, R, D] of h and dy; transposed, dA like lora [E, D, R] of ds and x."""
+    def expert_grads(self, hs: Sequence[Tensor], x: Tensor, loras: Sequence[Tensor], transposed: bool) -> list[Tensor]:
+        """dB like lora [E, R, D] of h and dy; transposed, dA like lora [E, D, R] of ds and x, of each member."""
         D = x.shape[1]
-        grad = torch.empty(lora.shape, dtype=lora.dtype, device=lora.device)
-        grid = self.grad_grid(D)
-        out = grad if grid.splits == 1 else x.new_empty(grid.splits, *grad.shape, dtype=torch.float32)
-        stride_e, stride_r, stride_d = grad.stride(0), *grad.stride()[1:][:: -1 if transposed else 1]
+        grads = [torch.empty(lora.shape, dtype=lora.dtype, device=lora.device) for lora in loras]
+        grid, members = self.grad_grid(D), len(loras)
+        outs = grads
+        if grid.splits > 1:
+            outs = [x.new_empty(grid.splits, *grad.shape, dtype=torch.float32) for grad in grads]
+        stride_e, stride_r, stride_d = grads[0].stride(0), *grads[0].stride()[1:][:: -1 if transposed else 1]
+        few_warps = self.dtype != torch.float32 and not self._hopper() and self.device.backend == "cuda"
         _kernels().expert_grad_kernel[grid[:3]](
-            h, x, out, self.experts, self.gates, self.offsets, *self._seed(transposed), self.scale,
+            *_three(hs), x, *_three(outs), self.experts, self.gates, self.offsets, *self._seed(transposed), self.scale,
             self.T, self.N, self.L, self.N.bit_length(), D, self.E, grid.splits,
             x.stride(0), stride_e, stride_r, stride_d,
             C=grid.C, INSTANCE=self.instance, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(transposed, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=4 if self.dtype != torch.float32 and not self._hopper() and self.device.backend == "cuda" else 8,
-            num_stages=self._stages(4 if self._hopper() else 3), **self._registers(),
+            num_warps=4 if few_warps and members == 1 else 8,
+            num_stages=self._stages(2 if members > 1 else 4 if self._hopper() else 3), **self._registers(),
         )  # fmt: skip
-        return grad if grid.splits == 1 else self._summed(out, grad)
+        return grads if grid.splits == 1 else [self._summed(out, grad) for out, grad in zip(outs, grads, strict=True)]
 
     def grad_grid(self, D: int) -> _Grid:
         block_t, block_d = self._half_or(64 if self._hopper() else 32, 32), self._half_or(64, 32)

@@ -21,7 +21,7 @@ _BATCH = ("seed", "threshold", "T", "N", "L", "steps", "E", "tiles", "groups", "
 
 @triton.jit(do_not_specialize=_BATCH)
 def shrink_kernel(
-    x_ptr, lora_ptr, h_ptr, experts_ptr, offsets_ptr, seed, threshold,
+    x_ptr, lora_ptr, lora1_ptr, lora2_ptr, h_ptr, h1_ptr, h2_ptr, experts_ptr, offsets_ptr, seed, threshold,
     T, N, L, steps, D, E, splits, stride_xt, stride_le, stride_lr, stride_ld,
     K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
     INSTANCE: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, WIDE: tl.constexpr,
@@ -30,6 +30,7 @@ def shrink_kernel(
     """h[t, k, r] = Σ_d drop(x)[t, d] lora[e_k, d, r], over one of `splits` parts of D.
 
     Grid: tiles of rows, groups of C columns, splits. h [splits, T, K·R]. Also ds from dy and B, with d a column of dy.
+    lora1 and lora2, if not None, are other members' A for the same x, which is read and dropped once.
     """
     pid_t, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, mask_t, i = _rows(pid_t, offsets_ptr, T, N, L, steps, INSTANCE, PACKED, BLOCK_T)
@@ -40,37 +41,41 @@ def shrink_kernel(
     begin = split * per_split * BLOCK_D
     offs_d = begin + tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xt + offs_d[None, :]
-    lora_ptrs = lora_ptr + e.to(tl.int64)[None, :] * stride_le + r[None, :] * stride_lr
-    lora_ptrs += offs_d.to(tl.int64)[:, None] * stride_ld
+    lora_at = e.to(tl.int64)[None, :] * stride_le + r[None, :] * stride_lr
+    lora_at += offs_d.to(tl.int64)[:, None] * stride_ld
     acc = tl.zeros((BLOCK_T, C), tl.float32)
+    acc1 = acc
+    acc2 = acc
     for start in range(begin, min(begin + per_split * BLOCK_D, D), BLOCK_D):
         mask_d = start + tl.arange(0, BLOCK_D) < D
-        if EVEN_D:
-            x = tl.load(x_ptrs, mask=mask_t[:, None], other=0.0)
-            lora = tl.load(lora_ptrs, mask=mask_c[None, :], other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
-            lora = tl.load(lora_ptrs, mask=mask_d[:, None] & mask_c[None, :], other=0.0)
+        mask = mask_c[None, :] if EVEN_D else mask_d[:, None] & mask_c[None, :]
+        x = tl.load(x_ptrs, mask=mask_t[:, None] if EVEN_D else mask_t[:, None] & mask_d[None, :], other=0.0)
         if DROPOUT:
             x = tl.where(_kept(seed, threshold, rows, start, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
-        acc = tl.dot(x, lora.to(x.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(x, tl.load(lora_ptr + lora_at, mask=mask, other=0.0).to(x.dtype), acc, input_precision=PRECISION)
+        if lora1_ptr is not None:
+            lora = tl.load(lora1_ptr + lora_at, mask=mask, other=0.0)
+            acc1 = tl.dot(x, lora.to(x.dtype), acc1, input_precision=PRECISION)
+        if lora2_ptr is not None:
+            lora = tl.load(lora2_ptr + lora_at, mask=mask, other=0.0)
+            acc2 = tl.dot(x, lora.to(x.dtype), acc2, input_precision=PRECISION)
         x_ptrs += BLOCK_D
-        lora_ptrs += BLOCK_D * stride_ld
-    h_ptrs = h_ptr + (split.to(tl.int64) * T + rows.to(tl.int64))[:, None] * (K * R)
-    acc = acc.to(h_ptr.dtype.element_ty)
-    if INSTANCE:
-        tl.store(h_ptrs + (slot * R + r)[None, :], acc, mask=mask_t[:, None] & mask_c[None, :])
-    else:
-        for k in tl.static_range(K):
-            pick = tl.load(experts_ptr + i * K + k, mask=mask_t, other=-1)
-            tl.store(h_ptrs + (k * R + r)[None, :], acc, mask=(pick[:, None] == e[None, :]) & mask_c[None, :])
+        lora_at += BLOCK_D * stride_ld
+    at = (split.to(tl.int64) * T + rows.to(tl.int64))[:, None] * (K * R)
+    _store_ranks(h_ptr, acc, at, experts_ptr, i, mask_t, slot, e, r, mask_c, K, R, INSTANCE)
+    if lora1_ptr is not None:
+        _store_ranks(h1_ptr, acc1, at, experts_ptr, i, mask_t, slot, e, r, mask_c, K, R, INSTANCE)
+    if lora2_ptr is not None:
+        _store_ranks(h2_ptr, acc2, at, experts_ptr, i, mask_t, slot, e, r, mask_c, K, R, INSTANCE)
 
 
 @triton.jit(do_not_specialize=_BATCH)
 def expand_kernel(
-    x_ptr, weight_ptr, bias_ptr, lora_ptr, h_ptr, y_ptr, experts_ptr, gates_ptr, offsets_ptr, seed, threshold, scale,
-    T, N, L, steps, D, F, E, tiles, groups, stride_xt, stride_wd, stride_wf, stride_le, stride_lr, stride_lf,
-    K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
+    x_ptr, x1_ptr, x2_ptr, weight_ptr, weight1_ptr, weight2_ptr, bias_ptr, lora_ptr, lora1_ptr, lora2_ptr,
+    h_ptr, h1_ptr, h2_ptr, y_ptr, experts_ptr, gates_ptr, offsets_ptr, seed, threshold, scale,
+    T, N, L, steps, D, D1, D2, F, E, tiles, groups,
+    stride_xt, stride_x1t, stride_x2t, stride_wd, stride_wf, stride_le, stride_lr, stride_lf,
+    MEMBERS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
     INSTANCE: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, WIDE: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BAND: tl.constexpr,
@@ -78,7 +83,8 @@ def expand_kernel(
     """y[t, f] = bias[f] + drop(Σ_k s g_k h[t, k] lora[e_k, :, f]) + Σ_d x[t, d] weight[d, f].
 
     The low-rank part is the first step of the sum over d, in the same accumulator. Forward: no dropout here. Also
-    dx from dy, where f is a column of x, d one of dy, lora is A transposed and h is ds.
+    dx from dy, where f is a column of x, d one of dy, lora is A transposed and h is ds. x1 and x2 are other
+    MEMBERS' dy, with their weight, lora and h: one sum over all.
     """
     pid_t, pid_f = _banded(tl.program_id(0), tiles, tl.cdiv(F, BLOCK_F), BAND)
     rows, mask_t, i = _rows(pid_t, offsets_ptr, T, N, L, steps, INSTANCE, PACKED, BLOCK_T)
@@ -86,31 +92,38 @@ def expand_kernel(
     mask_f = offs_f < F
     dtype = x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
-    for group in tl.range(0, groups, num_stages=1):
-        if INSTANCE or _any_use(experts_ptr, i, mask_t, group, K, C // RANK, BLOCK_T):
-            slot, e, r, mask_c = _columns(group, experts_ptr, i, E, K, R, RANK, C, INSTANCE)
-            s = _folded(h_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, INSTANCE)
-            lora_ptrs = lora_ptr + e.to(tl.int64)[:, None] * stride_le + r[:, None] * stride_lr
-            lora_ptrs += offs_f.to(tl.int64)[None, :] * stride_lf
-            lora = tl.load(lora_ptrs, mask=mask_c[:, None] & mask_f[None, :], other=0.0)
-            acc = tl.dot(s.to(dtype), lora.to(dtype), acc, input_precision=PRECISION)
+    for member in tl.static_range(MEMBERS):
+        for group in tl.range(0, groups, num_stages=1):
+            if INSTANCE or _any_use(experts_ptr, i, mask_t, group, K, C // RANK, BLOCK_T):
+                slot, e, r, mask_c = _columns(group, experts_ptr, i, E, K, R, RANK, C, INSTANCE)
+                h = _of(member, h_ptr, h1_ptr, h2_ptr)
+                s = _folded(h, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, INSTANCE)
+                lora_ptrs = _of(member, lora_ptr, lora1_ptr, lora2_ptr)
+                lora_ptrs += e.to(tl.int64)[:, None] * stride_le + r[:, None] * stride_lr
+                lora_ptrs += offs_f.to(tl.int64)[None, :] * stride_lf
+                lora = tl.load(lora_ptrs, mask=mask_c[:, None] & mask_f[None, :], other=0.0)
+                acc = tl.dot(s.to(dtype), lora.to(dtype), acc, input_precision=PRECISION)
     if DROPOUT:
         kept = _kept(seed, threshold, rows, pid_f * BLOCK_F, F, BLOCK_T, BLOCK_F, PAIRED, WIDE)
         acc = tl.where(kept, acc, 0.0)
     offs_d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xt + offs_d[None, :]
-    weight_ptrs = weight_ptr + offs_d.to(tl.int64)[:, None] * stride_wd + offs_f.to(tl.int64)[None, :] * stride_wf
-    for start in range(0, D, BLOCK_D):
-        mask_d = start + offs_d < D
-        if EVEN_D:
-            x = tl.load(x_ptrs, mask=mask_t[:, None], other=0.0)
-            weight = tl.load(weight_ptrs, mask=mask_f[None, :], other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=mask_d[:, None] & mask_f[None, :], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_D
-        weight_ptrs += BLOCK_D * stride_wd
+    for member in tl.static_range(MEMBERS):
+        x_ptrs = _of(member, x_ptr, x1_ptr, x2_ptr) + offs_d[None, :]
+        x_ptrs += rows.to(tl.int64)[:, None] * _of(member, stride_xt, stride_x1t, stride_x2t)
+        weight_ptrs = _of(member, weight_ptr, weight1_ptr, weight2_ptr)
+        weight_ptrs += offs_d.to(tl.int64)[:, None] * stride_wd + offs_f.to(tl.int64)[None, :] * stride_wf
+        depth = _of(member, D, D1, D2)
+        for start in range(0, depth, BLOCK_D):
+            mask_d = start + offs_d < depth
+            if EVEN_D:
+                x = tl.load(x_ptrs, mask=mask_t[:, None], other=0.0)
+                weight = tl.load(weight_ptrs, mask=mask_f[None, :], other=0.0)
+            else:
+                x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
+                weight = tl.load(weight_ptrs, mask=mask_d[:, None] & mask_f[None, :], other=0.0)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            x_ptrs += BLOCK_D
+            weight_ptrs += BLOCK_D * stride_wd
     if BIAS:
         acc += tl.load(bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * F + offs_f[None, :]
@@ -119,8 +132,8 @@ def expand_kernel(
 
 @triton.jit(do_not_specialize=_BATCH)
 def expert_grad_kernel(
-    h_ptr, x_ptr, out_ptr, experts_ptr, gates_ptr, offsets_ptr, seed, threshold, scale,
-    T, N, L, steps, D, E, splits, stride_xt, stride_oe, stride_or, stride_od,
+    h_ptr, h1_ptr, h2_ptr, x_ptr, out_ptr, out1_ptr, out2_ptr, experts_ptr, gates_ptr, offsets_ptr,
+    seed, threshold, scale, T, N, L, steps, D, E, splits, stride_xt, stride_oe, stride_or, stride_od,
     K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
     INSTANCE: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, PAIRED: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -129,7 +142,7 @@ def expert_grad_kernel(
 
     Grid: blocks of D, groups of C // RANK experts, splits. out [splits, E, ...]. dB from h and dy, dA from ds and x.
     INSTANCE walks the instances, passes over those that use none of the experts and splits each; otherwise all rows
-    are one run.
+    are one run. h1 and h2, if not None, are other members' ds of the same x, which is read and dropped once.
     """
     pid_d, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -137,6 +150,8 @@ def expert_grad_kernel(
     slot, e, r, mask_c = _columns(group, experts_ptr, 0, E, K, R, RANK, C, False)
     first_expert = group * (C // RANK)
     acc = tl.zeros((BLOCK_D, C), tl.float32)
+    acc1 = acc
+    acc2 = acc
     for run in range(0, N if INSTANCE else 1):
         if INSTANCE:
             begin, end = _span(run, offsets_ptr, L, PACKED)
@@ -161,9 +176,20 @@ def expert_grad_kernel(
             if DROPOUT:
                 x = tl.where(_kept(seed, threshold, rows, pid_d * BLOCK_D, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
             acc = tl.dot(tl.trans(x), s.to(x.dtype), acc, input_precision=PRECISION)
-    out_ptrs = out_ptr + (split.to(tl.int64) * E + e.to(tl.int64))[None, :] * stride_oe + r[None, :] * stride_or
-    out_ptrs += offs_d.to(tl.int64)[:, None] * stride_od
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_d[:, None] & mask_c[None, :])
+            if h1_ptr is not None:
+                s = _folded(h1_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, False)
+                acc1 = tl.dot(tl.trans(x), s.to(x.dtype), acc1, input_precision=PRECISION)
+            if h2_ptr is not None:
+                s = _folded(h2_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, False)
+                acc2 = tl.dot(tl.trans(x), s.to(x.dtype), acc2, input_precision=PRECISION)
+    at = (split.to(tl.int64) * E + e.to(tl.int64))[None, :] * stride_oe + r[None, :] * stride_or
+    at += offs_d.to(tl.int64)[:, None] * stride_od
+    mask = mask_d[:, None] & mask_c[None, :]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if h1_ptr is not None:
+        tl.store(out1_ptr + at, acc1.to(out1_ptr.dtype.element_ty), mask=mask)
+    if h2_ptr is not None:
+        tl.store(out2_ptr + at, acc2.to(out2_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_BATCH)
@@ -196,6 +222,17 @@ def sum_kernel(parts_ptr, out_ptr, count, splits, BLOCK: tl.constexpr):
         acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
         parts_ptr += count
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _of(member: tl.constexpr, first, second, third):
+    """What belongs to this member of three."""
+    if member == 0:
+        return first
+    elif member == 1:
+        return second
+    else:
+        return third
 
 
 @triton.jit
@@ -303,6 +340,21 @@ def _folded(
             h = tl.load(h_ptrs + (k * R + r)[None, :], mask=hit, other=0.0).to(tl.float32)
             s += tl.where(hit, h * gate[:, None], 0.0)
     return s
+
+
+@triton.jit
+def _store_ranks(
+    h_ptr, acc, at, experts_ptr, i, mask_t, slot, e, r, mask_c,
+    K: tl.constexpr, R: tl.constexpr, INSTANCE: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of the shrink to its rows of h, which start at `at`."""
+    acc = acc.to(h_ptr.dtype.element_ty)
+    if INSTANCE:
+        tl.store(h_ptr + at + (slot * R + r)[None, :], acc, mask=mask_t[:, None] & mask_c[None, :])
+    else:
+        for k in tl.static_range(K):
+            pick = tl.load(experts_ptr + i * K + k, mask=mask_t, other=-1)
+            tl.store(h_ptr + at + (k * R + r)[None, :], acc, mask=(pick[:, None] == e[None, :]) & mask_c[None, :])
 
 
 @triton.jit

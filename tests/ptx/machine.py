@@ -90,6 +90,8 @@ class Launch:
             raise ValueError(f"{program.name} takes {len(program.params)} arguments, got {len(args)}")
         variables = {n: v for n, v in program.variables.items() if v.space in ("const", "global")}
         module = [Buffer(n, np.frombuffer(v.data.ljust(v.size, b"\0"), np.uint8)) for n, v in variables.items()]
+        if any("%envreg1" in ins.operands for ins in program.code):  # the barrier of a cooperative launch
+            module.append(Buffer("workspace", np.zeros(64, np.uint8)))
         buffers = [a.buffer if isinstance(a, TensorMap) else a for a in args if isinstance(a, Buffer | TensorMap)]
         self.memory = GlobalMemory(buffers + module)
         names = frozenset(b.name for b in buffers + module)
@@ -120,7 +122,8 @@ class Launch:
         if self.seed is not None:
             rng.shuffle(order)
         padded = -(-self.threads // 32) * 32
-        at_once = max(LANES // padded, 1)
+        # blocks of a cooperative launch wait for each other
+        at_once = len(order) if "workspace" in self.addresses else max(LANES // padded, 1)
         with np.errstate(all="ignore"):
             for i in range(0, len(order), at_once):
                 Batch(self, np.array(order[i : i + at_once]), rng).run()

@@ -23,7 +23,7 @@ SPECIAL = (
     *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
     *("%laneid", "%warpid", "%nwarpid", "%clock", "%clock64", "%globaltimer", "%smid", "%nsmid", "%gridid"),
     *("%lanemask_eq", "%lanemask_le", "%lanemask_lt", "%lanemask_ge", "%lanemask_gt"),
-    *("%cluster_ctarank", "%cluster_nctarank", "%dynamic_smem_size"),
+    *("%cluster_ctarank", "%cluster_nctarank", "%dynamic_smem_size", "%envreg1", "%envreg2"),
 )  # fmt: skip
 Read = Callable[..., np.ndarray]
 

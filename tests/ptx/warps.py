@@ -68,6 +68,8 @@ class Warps:
         }
         values |= {"%lanemask_gt": (1 << 32) - (one << lane + 1), "%lanemask_ge": (1 << 32) - (one << lane)}
         values["%cluster_nctarank"] = np.ones(self.n, np.int64)
+        workspace = launch.addresses.get("workspace", 0)
+        values["%envreg1"], values["%envreg2"] = (np.full(self.n, workspace >> shift & 0xFFFFFFFF) for shift in (32, 0))
         values["%dynamic_smem_size"] = np.full(self.n, launch.shared_bytes - launch.program.shared)
         return values
 

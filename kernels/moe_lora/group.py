@@ -1,0 +1,190 @@
+"""The op `moe_lora::linear_group`: linears that share x, the routing and the dropout mask, in one call.
+
+    y_{m,t} = x_t W_mᵀ + bias_m + s Σ_k g_{i,k} drop(x_t) A_{m,e(i,k)} B_{m,e(i,k)},  m a member of the group
+
+A backend with `forward_group` reads and drops x once for all members, and makes dx as one sum; where none pays, each
+member runs by its own choice.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lora import dispatch
+from moe_lora.dropout import as_seed
+from moe_lora.ops import check, no_autocast
+from moe_lora.routing import Plan, Routing
+
+_LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
+_LIBRARY.define(
+    "linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_as, Tensor[] lora_bs, Tensor experts, "
+    "Tensor gates, Tensor? offsets, float scale, float dropout, Tensor? seed, str backend) "
+    "-> (Tensor[] ys, Tensor[] hs)"
+)
+_LIBRARY.define(
+    "linear_group_backward(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] hs, "
+    "Tensor experts, Tensor gates, Tensor? offsets, float scale, float dropout, Tensor? seed, str backend, "
+    "bool[] needs) -> (Tensor dx, Tensor[] das, Tensor[] dbs, Tensor dgates)"
+)
+
+
+def linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    routing: Routing,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Several `linear` of the same x, as q, k and v are, or gate and up; the same result, computed together.
+
+    Args:
+        x: [..., D]
+        weights, biases, lora_as, lora_bs: of each member what `linear` takes; F, E and R may differ.
+        routing, scale, dropout, seed, backend: as in `linear`; one dropout mask for all members.
+    Returns:
+        The members' outputs, [..., F_m] in x's dtype.
+    Raises:
+        ValueError, TypeError: as `linear`, or the lists differ in length.
+    """
+    lists = {"weights": weights, "biases": biases, "lora_as": lora_as, "lora_bs": lora_bs}
+    if not weights or any(len(each) != len(weights) for each in lists.values()):
+        got = ", ".join(f"{len(each)} {name}" for name, each in lists.items())
+        raise ValueError(f"a group needs as many weights, biases, lora_as and lora_bs, at least one, got {got}")
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    for member in zip(weights, biases, lora_as, lora_bs, strict=True):
+        check(x, *member, routing, dropout)
+    seed = as_seed(seed) if dropout else None
+    plan = (routing.experts, routing.gates, routing.offsets, scale, dropout, seed)
+    lists = (list(weights), list(biases), list(lora_as), list(lora_bs))
+    ys, _ = torch.ops.moe_lora.linear_group(x, *lists, *plan, backend)
+    return tuple(ys)
+
+
+def _forward(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed, backend):
+    plan = Plan(experts, gates, offsets, scale, dropout, seed)
+
+    def run(module: ModuleType | None):
+        if module is not None:
+            return module.forward_group(x, weights, biases, lora_as, lora_bs, plan)
+        found = []
+        for weight, bias, a, b in zip(weights, biases, lora_as, lora_bs, strict=True):
+
+            def alone(module, weight=weight, bias=bias, a=a, b=b):
+                return module.forward(x, weight, bias, a, b, plan)
+
+            found.append(alone(dispatch.choose(backend, x, weight, a, plan, run=alone)))
+        return [y for y, _ in found], [h for _, h in found]
+
+    with no_autocast(x):
+        return run(dispatch.choose_group(backend, x, weights, lora_as, plan, run=run))
+
+
+def _backward(
+    dys, x, weights, lora_as, lora_bs, hs, experts, gates, offsets, scale, dropout, seed, backend, needs
+):  # the schema's order
+    plan, members = Plan(experts, gates, offsets, scale, dropout, seed), len(weights)
+    need_dx, need_dgates, need_das, need_dbs = needs[0], needs[1], needs[2 : 2 + members], needs[2 + members :]
+
+    def run(module: ModuleType | None):
+        if module is not None:
+            return module.backward_group(dys, x, weights, lora_as, lora_bs, hs, plan, needs)
+        found = []
+        for dy, weight, a, b, h, need_da, need_db in zip(
+            dys, weights, lora_as, lora_bs, hs, need_das, need_dbs, strict=True
+        ):
+            wanted = (need_dx, need_da, need_db, need_dgates)
+
+            def alone(module, dy=dy, weight=weight, a=a, b=b, h=h, wanted=wanted):
+                return module.backward(dy, x, weight, a, b, h, plan, wanted)
+
+            found.append(alone(dispatch.choose(backend, x, weight, a, plan, wanted, alone)))
+        dxs, das, dbs, dgates = zip(*found, strict=True)
+        return _sum(dxs), das, dbs, _sum(dgates)
+
+    with no_autocast(x):
+        dx, das, dbs, dgates = run(dispatch.choose_group(backend, x, weights, lora_as, plan, tuple(needs), run))
+
+    def filled(grad: Tensor | None) -> Tensor:
+        return x.new_empty(0) if grad is None else grad
+
+    return filled(dx), [filled(da) for da in das], [filled(db) for db in dbs], filled(dgates)
+
+
+def _sum(grads: Sequence[Tensor | None]) -> Tensor | None:
+    total = grads[0]
+    for grad in grads[1:]:
+        if total is not None and grad is not None:
+            total += grad
+    return total
+
+
+def _fake_forward(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed, backend):
+    T = 1
+    for size in x.shape[:-1]:
+        T *= size
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    return ys, [x.new_empty(T, experts.shape[1] * a.shape[2]) for a in lora_as]
+
+
+def _fake_backward(
+    dys, x, weights, lora_as, lora_bs, hs, experts, gates, offsets, scale, dropout, seed, backend, needs
+):
+    grads = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for tensor, need in zip((x, gates, *lora_as, *lora_bs), needs, strict=True)
+    ]
+    members = len(weights)
+    return grads[0], grads[2 : 2 + members], grads[2 + members :], grads[1]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weights, biases, lora_as, lora_bs, *plan, ctx.backend = inputs
+    experts, gates, offsets, ctx.scale, ctx.dropout, seed = plan
+    ctx.members, ctx.biases = len(weights), [None] * len(weights) if None not in biases else None
+    ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *output[1], experts, gates, offsets, seed)
+    ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, dys: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> tuple:
+    x, *lists, experts, gates, offsets, seed = ctx.saved_tensors
+    members = ctx.members
+    weights, lora_as, lora_bs, hs = (lists[i * members : (i + 1) * members] for i in range(4))
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0], wanted[6], *wanted[3], *wanted[4]]
+    filled = [
+        x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
+        for dy, weight in zip(dys, weights, strict=True)
+    ]
+    plan = (experts, gates, offsets, ctx.scale, ctx.dropout, seed)
+    dx, das, dbs, dgates = torch.ops.moe_lora.linear_group_backward(
+        filled, x, weights, lora_as, lora_bs, hs, *plan, ctx.backend, needs
+    )
+    das = [grad if need else None for grad, need in zip(das, wanted[3], strict=True)]
+    dbs = [grad if need else None for grad, need in zip(dbs, wanted[4], strict=True)]
+    dx, dgates = dx if wanted[0] else None, dgates if wanted[6] else None
+    return dx, [None] * members, ctx.biases, das, dbs, None, dgates, None, None, None, None, None
+
+
+def _autograd_of_backward(ctx: Any, *grads: Any) -> tuple:
+    raise RuntimeError("moe_lora.linear_group has no second derivative; do not use create_graph=True through it")
+
+
+_LIBRARY.impl("linear_group", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_group_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("moe_lora::linear_group", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("moe_lora::linear_group_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("moe_lora::linear_group", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("moe_lora::linear_group_backward", _autograd_of_backward, lib=_LIBRARY)
