@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,21 @@ def test_copies_of_threads_that_an_mbarrier_awaits(copies, seed):
     with pytest.raises(Fault, match="asynchronous copy"):
         text = re.sub(r"cp.async.mbarrier[^;]*;", "", copies)
         launch_ptx(text, "reverse", (1,), (96,), x, y, shared=384, seed=seed)
+
+
+def test_it_needs_numpy_alone():
+    text = "import sys, ptx; assert not {'torch', 'triton', 'moe_lora', 'octavius'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", text], cwd=DATA.parents[1], env={"PYTHONPATH": "."}, check=True)
+
+
+def test_clusters_are_refused():
+    from ptx import Unknown
+
+    head, _, rest = (DATA / "kernels.ptx").read_text().partition(".entry votes(")
+    params, _, body = rest.partition("{")
+    with pytest.raises(Unknown, match="clusters of blocks"):
+        text = f"{head}.entry votes({params}.explicitcluster .reqnctapercluster 2, 1, 1 {{{body}"
+        launch_ptx(text, "votes", (2,), (32,), np.zeros(32, "i4"), np.zeros((5, 32), "u4"))
 
 
 def test_unknown_instruction_is_named():
