@@ -11,13 +11,17 @@
     ours      moe_lora.linear; `backend` in the CSV says which backend ran
 
 Modes: forward, or train (forward and backward; x, A, B and gates require grad). Every provider is first compared with
-the float64 oracle; one that is wrong is not timed. Prints and writes the 20th, 50th and 80th percentile, the ratio of
+the float64 oracle; one that is wrong is not timed. One thread is timed by its own CPU time, which neighbours on the
+machine disturb less, more threads by the wall. Prints and writes the 20th, 50th and 80th percentile, the ratio of
 the 20th percentiles to the base's, and the bytes that autograd keeps besides x and the parameters.
 
-Usage: python benchmarks/bench_linear.py [--sweep] [--threads 1] [--seconds 6] [--dtype bfloat16] [--csv FILE]
+Usage: python benchmarks/bench_linear.py [--sweep] [--only TEXT] [--threads 1] [--seconds 6] [--dtype bfloat16]
+       [--csv FILE]
 
-A processor without bf16 dot products is timed on one that has them by
+A processor without bf16 dot products, or without AVX-512, is timed on one that has them by holding torch back too:
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python benchmarks/bench_linear.py --instructions avx512
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/bench_linear.py \
+        --instructions avx2
 """
 
 import argparse
@@ -196,13 +200,14 @@ def kept(function: Callable[..., Tensor], inputs: Inputs) -> int:
 
 
 def once(function: Callable[..., Tensor], inputs: Inputs, dy: Tensor | None) -> float:
-    start = time.perf_counter()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     if dy is None:
         with torch.no_grad():
             function(*inputs)
     else:
         function(*inputs).backward(dy)
-    took = time.perf_counter() - start
+    took = clock() - start
     for tensor in (inputs.x, inputs.lora_a, inputs.lora_b, inputs.routing.gates):
         tensor.grad = None
     return took
@@ -248,9 +253,10 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", action="store_true", help="many shapes instead of the table's seven")
+    parser.add_argument("--only", default="", help="the shapes whose name contains this")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each shape")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--providers", nargs="*", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
@@ -268,6 +274,8 @@ def main() -> None:
     machine = {"machine": processor(), "threads": options.threads, "dtype": options.dtype}
     rows = []
     for shape in SWEEP if options.sweep else TABLE:
+        if options.only not in str(shape):
+            continue
         found = run(shape, providers, getattr(torch, options.dtype), options.seconds)
         rows += [machine | row for row in found]
         ratios = "  ".join(f"{row['provider']} {row['ratio']:.2f}" for row in found if row["provider"] != "base")

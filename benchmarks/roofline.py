@@ -45,7 +45,7 @@ TENSOR_SHARE, BANDWIDTH_SHARE = 0.7, 0.9  # of the peaks that a good kernel reac
 
 @dataclass(frozen=True)
 class Shape:
-    """N instances of L rows; A and B in float32 over a half-precision base."""
+    """N instances of L rows through `members` linears of one x; A and B in float32 over a half-precision base."""
 
     N: int
     L: int
@@ -56,15 +56,19 @@ class Shape:
     R: int = 32
     dtype: torch.dtype = torch.bfloat16
     master: torch.dtype = torch.float32
+    members: int = 1
 
     def __str__(self) -> str:
+        times = f" x{self.members}" if self.members > 1 else ""
         lora = "" if self.master == torch.float32 else " A,B " + str(self.master).removeprefix("torch.")
-        return f"{self.N}x{self.L} {self.D}->{self.F} E{self.E} K{self.K} R{self.R}{lora}"
+        return f"{self.N}x{self.L} {self.D}->{self.F}{times} E{self.E} K{self.K} R{self.R}{lora}"
 
 
 SHAPES = (
     Shape(8, 1024, 4096, 4096),
+    Shape(8, 1024, 4096, 4096, members=3),
     Shape(8, 1024, 4096, 11008),
+    Shape(8, 1024, 4096, 11008, members=2),
     Shape(8, 1024, 2048, 2048),
     Shape(16, 110, 2048, 2048),
     Shape(8, 1024, 576, 576),
@@ -92,13 +96,18 @@ class Launch(NamedTuple):
 
 def launches(shape: Shape, device: _Device, backward: bool) -> list[Launch]:
     """What the forward launches, or the backward with all gradients."""
-    call = _call(shape, device)
+    call, members = _call(shape, device), shape.members
     D, F, rank_space = shape.D, shape.F, call.T * shape.K * shape.R * shape.dtype.itemsize
     if not backward:
-        return [*_shrink(shape, call, D), _expand(shape, call, D, F)]
+        return [*_shrink(shape, call, D, members), *[_expand(shape, call, D, F)] * members]
     gates = Launch("gate_grad_kernel", 0, {"ds_ptr": rank_space, "h_ptr": rank_space}, 2 * rank_space)
-    dx = [*_shrink(shape, call, F), gates, _expand(shape, call, F, D)]
-    return [*_grad(shape, call, F), *dx, *_grad(shape, call, D)]
+    dx = [*_shrink(shape, call, F) * members, *[gates] * members, _expand(shape, call, F, D, members)]
+    return [*_grad(shape, call, F) * members, *dx, *_grad(shape, call, D, members)]
+
+
+def _each(name: str, size: int, members: int) -> dict[str, int]:
+    """The same bytes by each member's argument: x_ptr, x1_ptr, x2_ptr."""
+    return {f"{name}{m or ''}_ptr": size for m in range(members)}
 
 
 def decode(shape: Shape, blocks: int) -> Launch:
@@ -130,35 +139,36 @@ def _call(shape: Shape, device: _Device) -> _Call:
     return _Call(x, torch.empty(shape.E, shape.D, shape.R, device="meta"), plan, device)
 
 
-def _shrink(shape: Shape, call: _Call, D: int) -> list[Launch]:
-    grid, T, b, m = call.shrink_grid(D), call.T, shape.dtype.itemsize, shape.master.itemsize
+def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
+    grid, T, b, m = call.shrink_grid(D, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     columns = (shape.K if call.instance else shape.E) * shape.R  # that exist
-    flops = 2 * grid.programs * grid.groups * grid.BLOCK_T * _up(D, grid.BLOCK_D) * grid.C
+    flops = 2 * members * grid.programs * grid.groups * grid.BLOCK_T * _up(D, grid.BLOCK_D) * grid.C
     out = T * shape.K * shape.R * (b if grid.splits == 1 else 4 * grid.splits)
-    requested = {"x_ptr": T * D * b * grid.groups, "lora_ptr": grid.programs * columns * D * m, "h_ptr": out}
-    moved = T * D * b + _experts(shape) * D * shape.R * m + out
+    requested = {"x_ptr": T * D * b * grid.groups, **_each("h", out, members)}
+    requested |= _each("lora", grid.programs * columns * D * m, members)
+    moved = T * D * b + members * (_experts(shape) * D * shape.R * m + out)
     first = Launch("shrink_kernel", flops, requested, moved)
-    return [first, *_sum(T * shape.K * shape.R, grid, b)]
+    return [first, *_sum(T * shape.K * shape.R, grid, b) * members]
 
 
-def _expand(shape: Shape, call: _Call, D: int, F: int) -> Launch:
-    tile, T, b, m = call.expand_tile(F, D), call.T, shape.dtype.itemsize, shape.master.itemsize
+def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Launch:
+    tile, T, b, m = call.expand_tile(F, D * members, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     slots = shape.K if call.instance else shape.E
     rows, columns = call.tiles(tile.BLOCK_T), -(-F // tile.BLOCK_F)
-    work = _up(D, tile.BLOCK_D) + _up(slots * call.rank, call.step)
+    work = members * (_up(D, tile.BLOCK_D) + _up(slots * call.rank, call.step))
     rank_space = T * shape.K * shape.R * b
     requested = {
-        "x_ptr": T * D * b * columns,
-        "weight_ptr": D * F * b * rows,
-        "lora_ptr": rows * slots * shape.R * F * m,
-        "h_ptr": rank_space * columns,
+        **_each("x", T * D * b * columns, members),
+        **_each("weight", D * F * b * rows, members),
+        **_each("lora", rows * slots * shape.R * F * m, members),
+        **_each("h", rank_space * columns, members),
         "y_ptr": T * F * b,
     }
-    moved = (T * D + D * F + T * F) * b + rank_space + _experts(shape) * shape.R * F * m
+    moved = T * F * b + members * ((T * D + D * F) * b + rank_space + _experts(shape) * shape.R * F * m)
     return Launch("expand_kernel", 2 * rows * tile.BLOCK_T * columns * tile.BLOCK_F * work, requested, moved)
 
 
-def _grad(shape: Shape, call: _Call, D: int) -> list[Launch]:
+def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
     grid, T, b, m = call.grad_grid(D), call.T, shape.dtype.itemsize, shape.master.itemsize
     if call.instance:
         tiles = sum(
@@ -168,14 +178,15 @@ def _grad(shape: Shape, call: _Call, D: int) -> list[Launch]:
     else:
         tiles = -(-T // grid.BLOCK_T) * grid.groups
     size = shape.E * shape.R * D
+    rank_space, out = T * shape.K * shape.R * b, size * (m if grid.splits == 1 else 4 * grid.splits)
     requested = {
-        "h_ptr": T * shape.K * shape.R * b * grid.programs,
         "x_ptr": T * D * b * (min(grid.groups, shape.K) if call.instance else grid.groups),
-        "out_ptr": size * (m if grid.splits == 1 else 4 * grid.splits),
+        **_each("h", rank_space * grid.programs, members),
+        **_each("out", out, members),
     }
-    moved = T * D * b + T * shape.K * shape.R * b + requested["out_ptr"]
-    flops = 2 * grid.programs * grid.BLOCK_D * tiles * grid.BLOCK_T * grid.C
-    return [Launch("expert_grad_kernel", flops, requested, moved), *_sum(size, grid, m)]
+    moved = T * D * b + members * (rank_space + out)
+    flops = 2 * members * grid.programs * grid.BLOCK_D * tiles * grid.BLOCK_T * grid.C
+    return [Launch("expert_grad_kernel", flops, requested, moved), *_sum(size, grid, m) * members]
 
 
 def _parts(shape: Shape, grid: _Grid) -> list[int]:
@@ -204,25 +215,31 @@ def microseconds(flops: float, moved: float, gpu: Gpu) -> float:
 
 
 def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, Any]:
-    """Microseconds of the frozen linear and of ours, forward and forward + backward (base: dx alone), and ratios."""
-    T, D, F = shape.N * shape.L, shape.D, shape.F
-    base = microseconds(2 * T * D * F, (T * D + D * F + T * F) * shape.dtype.itemsize, gpu) + launch
+    """Microseconds of the frozen linears and of ours, forward and forward + backward, and ratios.
+
+    The base's backward is dx alone; of several members, which autograd adds up one after the other: `both_ratio`.
+    `product_ratio` leaves those additions out.
+    """
+    T, D, F, members, size = shape.N * shape.L, shape.D, shape.F, shape.members, shape.dtype.itemsize
+    base = microseconds(2 * T * D * F, (T * D + D * F + T * F) * size, gpu) + launch
+    additions = (members - 1) * (microseconds(0, 3 * T * D * size, gpu) + launch)
     forward, backward = (
         sum(microseconds(each.flops, each.moved, gpu) + launch for each in launches(shape, gpu.device, direction))
         for direction in (False, True)
     )
     kernel = "triton"
-    if T <= 64 and gpu.device.backend == "cuda":
+    if T <= 64 and members == 1 and gpu.device.backend == "cuda":
         one = decode(shape, 2 * gpu.device.processors)
         time = microseconds(one.flops, one.moved, gpu) + launch
         forward, kernel = min((forward, kernel), (time, "cuda"))
     return {
-        "base": base,
+        "base": members * base,
         "forward_kernel": kernel,
         "forward": forward,
         "both": forward + backward,
-        "forward_ratio": forward / base,
-        "both_ratio": (forward + backward) / (2 * base),
+        "forward_ratio": forward / (members * base),
+        "both_ratio": (forward + backward) / (2 * members * base + additions),
+        "product_ratio": (forward + backward) / (2 * members * base),
     }
 
 
@@ -242,11 +259,13 @@ def main() -> None:
         for shape in SHAPES
     ]
     print(f"predicted, not measured: bf16, launch {arguments.launch} us, {TENSOR_SHARE:.0%} of peak operations and ")
-    print(f"{BANDWIDTH_SHARE:.0%} of peak bandwidth; microseconds, then ratios to the frozen linear")
+    print(f"{BANDWIDTH_SHARE:.0%} of peak bandwidth; microseconds, then ratios to the frozen linears; the last")
+    print("ratio, of xN linears of one x together, leaves out that autograd adds up the frozen ones' dx")
     print(f"{'gpu':<7} {'shape':<40} {'base fwd':>9} {'ours fwd':>16} {'ratio':>6} {'fwd+bwd':>9} {'ratio':>6}")
     for row in table:
         forward = f"{row['base']:>9.1f} {row['forward_kernel']:>6} {row['forward']:>9.1f} {row['forward_ratio']:>6.2f}"
-        print(f"{row['gpu']:<7} {row['shape']:<40} {forward} {row['both']:>9.1f} {row['both_ratio']:>6.2f}")
+        last = f" {row['product_ratio']:>6.3f}" if row["product_ratio"] != row["both_ratio"] else ""
+        print(f"{row['gpu']:<7} {row['shape']:<40} {forward} {row['both']:>9.1f} {row['both_ratio']:>6.3f}{last}")
     if arguments.csv:
         with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, table[0])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moe_lora import cpu
 from moe_lora.check import Case, make
 
+from tests import groups
 from tests.tolerance import assert_right
 
 needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -26,6 +27,13 @@ CASES = (
     Case((1,) * 14, 1100, 17, 4, 2, 40),
     Case((1,) * 31, 1100, 17, 4, 2, 40),
     Case((1,) * 100, 64, 64, 8, 2, 8),
+    Case((1,) * 8, 1100, 130, 4, 2, 33),
+    Case((1,) * 9, 2090, 70, 4, 2, 5),
+    Case((2,) * 23, 261, 101, 6, 3, 16),
+    Case((60,), 2051, 97, 4, 2, 17),
+    Case((1,) * 70, 1100, 70, 40, 2, 20),
+    Case((33, 1, 2), 1100, 301, 4, 2, 12, packed=True),
+    Case((33, 40), 1100, 301, 4, 2, 12, dropout=0.2, packed=True),
     Case((1,) * 40, 33, 20, 32, 8, 1, dropout=0.1),
     Case((300,), 20, 16, 1, 1, 4),
     Case((4, 4), 8, 8, 4, 2, 2, experts=((1, 1), (1, 1))),
@@ -33,7 +41,14 @@ CASES = (
     Case((3, 0, 60, 1), 40, 90, 4, 2, 5, packed=True),
     Case((0, 20, 0), 13, 9, 4, 2, 3, dropout=0.3, packed=True),
 )
-DTYPES = (torch.float32, torch.bfloat16)
+GROUPS = (
+    (Case((91, 91), 70, 130, 4, 2, 32), (65, 300)),
+    (Case((91, 91), 71, 130, 4, 2, 17, dropout=0.3), (33,)),
+    (Case((1,) * 14, 1100, 17, 4, 2, 40), (120, 5)),
+    (Case((1,) * 40, 33, 20, 32, 8, 1, dropout=0.1), (20, 20, 7)),
+    (Case((3, 0, 60, 1), 40, 90, 4, 2, 5, packed=True), (90,)),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def call(case, inputs, **change):
@@ -58,6 +73,42 @@ def instructions(request):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_and_gradients_match_oracle(case, dtype, instructions, nan_empty):
     assert_right(case, make(case, dtype), "cpu")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case, widths", GROUPS, ids=str)
+def test_cpu_groups_match_oracle(case, widths, dtype, instructions, nan_empty):
+    groups.assert_group_right(case, groups.make(case, widths, dtype), "cpu")
+
+
+@needs_native
+@pytest.mark.parametrize("case, widths", GROUPS, ids=str)
+def test_cpu_members_of_a_group_get_the_bits_that_each_gets_alone(case, widths):
+    group, found = groups.make(case, widths, torch.bfloat16), []
+    want, before = groups.apart(case, group, "cpu"), torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(groups.outputs(case, group, "cpu"))
+    torch.set_num_threads(before)
+    for name, got in found[0].items():
+        assert torch.equal(got, found[1][name]), name
+        if name not in ("dx", "dgates"):  # sums over the members, rounded once instead of each time
+            assert torch.equal(got, want[name]), name
+
+
+@needs_native
+def test_cpu_group_without_rows_and_with_a_transposed_weight():
+    case, widths = GROUPS[2]
+    group = groups.make(case, widths, torch.bfloat16)
+    group.weights[1] = group.weights[1].t().contiguous().t()
+    groups.assert_group_right(case, group, "cpu")
+    routing = moe_lora.Routing(group.routing.experts[:0], group.routing.gates[:0])
+    x = torch.zeros(0, 3, 1100, dtype=torch.bfloat16, requires_grad=True)
+    ys = moe_lora.linear_group(x, *group[1:5], routing, backend="cpu")
+    assert [y.shape for y in ys] == [(0, 3, 17), (0, 3, 120), (0, 3, 5)]
+    sum(y.sum() for y in ys).backward()
+    assert all((tensor.grad == 0).all() for tensor in (*group.lora_as, *group.lora_bs))
 
 
 @needs_native
@@ -98,7 +149,42 @@ def test_cpu_rows_do_not_depend_on_their_neighbours():
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [(2, 2), (30, 30)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,) * 7, (3,) * 14, (1,) * 80, (5,) * 40], ids=lambda lengths: str(sum(lengths)))
+def test_cpu_experts_reach_only_rows_that_use_them(dtype, lengths, instructions):
+    N = len(lengths)
+    case = Case(lengths, 70, 90, 600, 2, 5, experts=tuple((500 + i % 3, 502 + i % 2) for i in range(N)))
+    inputs = make(case, dtype)
+    clean = outputs(case, inputs)
+    with torch.no_grad():
+        inputs.lora_a[[501, 7]] = float("nan")
+        inputs.lora_b[501] = float("inf")
+    y, dx, da, db, dgates = outputs(case, inputs)
+    clear = torch.tensor([501 not in pair for pair in case.experts])
+    for got, want in ((y, clean[0]), (dx, clean[1]), (dgates, clean[4])):
+        assert torch.equal(got[clear], want[clear]) and not got[~clear].isfinite().all()
+    used = [500, 502, 503]
+    assert torch.equal(db[used], clean[3][used]) and torch.equal(da[used], clean[2][used])
+    unused = torch.ones(600, dtype=torch.bool)
+    unused[500:504] = False
+    assert not da[unused].any() and not db[unused].any()
+
+
+@needs_native
+def test_explain_names_the_kernel_of_a_call():
+    inputs = make(Case((8,), 16, 24, 4, 2, 2), torch.float32)
+    name = f"({cpu._C.instructions()})"
+    assert moe_lora.explain(inputs.x, inputs.weight, inputs.lora_a, inputs.routing, "cpu").kernel == f"few_rows {name}"
+    turned = inputs.weight.t().contiguous().t()
+    found = moe_lora.explain(inputs.x, turned, inputs.lora_a, inputs.routing, "cpu")
+    assert found.kernel == f"tiles {name}" and "the weight is transposed" in found.why
+    many = inputs.x.repeat(1, 9, 1)
+    found = moe_lora.explain(many, inputs.weight, inputs.lora_a, inputs.routing, "cpu")
+    assert found.kernel == f"tiles {name}" and "T = 72 > 64" in found.why
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(2, 2), (30, 30), (50, 50)], ids=str)
 def test_cpu_strided_tensors(dtype, lengths):
     case = Case(lengths, 37, 21, 4, 2, 3)
     inputs = make(case, dtype)
@@ -113,7 +199,7 @@ def test_cpu_strided_tensors(dtype, lengths):
         dy=inputs.dy.transpose(0, 1).contiguous().transpose(0, 1),
     )
     for got, expected in zip(outputs(case, changed), want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+        torch.testing.assert_close(got, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-2)
 
 
 @needs_native
@@ -144,7 +230,8 @@ def test_cpu_random_shapes_match_oracle(data):
     N = data.draw(st.integers(1, 4))
     some = st.lists(st.integers(0, 20), min_size=N, max_size=N)
     lengths = data.draw(some) if packed else [data.draw(st.integers(1, 24))] * N
-    D, F, R = data.draw(st.tuples(st.integers(1, 80), st.integers(1, 80), st.integers(1, 20)))
+    # from 3 on: the tolerance goes by the largest element, and one alone may be a small rest of large terms
+    D, F, R = data.draw(st.tuples(st.integers(3, 80), st.integers(3, 80), st.integers(1, 20)))
     experts = data.draw(st.lists(st.tuples(*[st.integers(0, E - 1)] * K), min_size=N, max_size=N))
     dropout = data.draw(st.sampled_from([0.0, 0.4]))
     case = Case(tuple(lengths), D, F, E, K, R, dropout, packed, experts=tuple(experts))
@@ -175,8 +262,8 @@ def _path():
 
 @needs_native
 def test_cpu_refuses_what_it_cannot_run():
-    x, weight, bias, lora_a, lora_b, routing = make(CASES[0], torch.float16)[:6]
-    with pytest.raises(ValueError, match=r"cannot run this call: x is torch\.float16"):
+    x, weight, bias, lora_a, lora_b, routing = make(CASES[0], torch.float64)[:6]
+    with pytest.raises(ValueError, match=r"cannot run this call: x is torch\.float64"):
         moe_lora.linear(x, weight, bias, lora_a, lora_b, routing, backend="cpu")
     assert moe_lora.explain(x, weight, lora_a, routing).backend == "reference"
 

@@ -118,3 +118,12 @@ def test_group_bad_input_is_refused():
         moe_lora.linear_group(x, [], [], [], [], routing)
     with pytest.raises(ValueError, match=r"lora_b must be \[E, R, F\] = \(4, 3, 4\)"):
         moe_lora.linear_group(x, weights, biases, lora_as, [lora_bs[0], *lora_bs[:2]], routing)
+
+
+def test_group_explained():
+    case, widths = CASES[0]
+    x, weights, _, lora_as, _, routing = make(case, widths, torch.float32)[:6]
+    apart = moe_lora.explain(x, weights, lora_as, routing, "reference")
+    assert (apart.backend, apart.kernel) == ("reference", "one by one") and "one after the other" in apart.why
+    found = moe_lora.explain(x, weights, lora_as, routing)
+    assert found.kernel.startswith("3 together" if found.backend == "cpu" else "one by one")

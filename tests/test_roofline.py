@@ -18,20 +18,23 @@ CASES = (
         2, 200, 192, 128, E=3, R=16, dtype=torch.float16, master=torch.float16
     ),  # tiles with rows of many instances, of all experts
     Shape(12, 1, 512, 64, E=4, R=16),  # decode: the shrink is split
+    Shape(2, 256, 192, 128, E=4, R=16, members=3),
+    Shape(2, 200, 128, 192, E=3, R=16, dtype=torch.float16, members=2),
 )
 
 
 def profiles(shape, target):
     """Of each launch of a forward and backward; and the device."""
-    N, L, D, F, E, K, R, dtype, master = vars(shape).values()
-    x, weight = torch.randn(N, L, D).to(dtype).requires_grad_(), torch.randn(F, D).to(dtype)
-    lora_a = torch.randn(E, D, R).to(master).requires_grad_()
-    lora_b = torch.randn(E, R, F).to(master).requires_grad_()
+    N, L, D, F, E, K, R, dtype, master, members = vars(shape).values()
+    x, weights = torch.randn(N, L, D).to(dtype).requires_grad_(), [torch.randn(F, D).to(dtype) for _ in range(members)]
+    lora_as = [torch.randn(E, D, R).to(master).requires_grad_() for _ in range(members)]
+    lora_bs = [torch.randn(E, R, F).to(master).requires_grad_() for _ in range(members)]
     experts = torch.arange(N * K).view(N, K) % E
     routing = moe_lora.Routing(experts, torch.rand(N, K).requires_grad_())
     with Emulator(target, races=False) as emulator:
         device = triton_backend._device(x.device)
-        moe_lora.linear(x, weight, None, lora_a, lora_b, routing, backend="triton").sum().backward()
+        ys = moe_lora.linear_group(x, weights, [None] * members, lora_as, lora_bs, routing, backend="triton")
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     return emulator.profiles, device
 
 

@@ -1,4 +1,4 @@
-// AVX-512 without bf16 dot products (Skylake-X to Ice Lake): a pair of bf16 is two float multiply-adds.
+// AVX-512, float. Other dtypes are converted as they are read (Skylake-X to Ice Lake; float on all later ones).
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -7,10 +7,13 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx2"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx2")
+#endif
 
 namespace moe_lora {
 namespace {
@@ -21,8 +24,13 @@ namespace {
 #include "few_impl.h"
 }  // namespace
 
-extern const Kernels<bf16> kAvx512Half{pack<bf16>, shrink<bf16>, expand<bf16>, sum<bf16>, few_shrink<bf16>, few_rows<bf16>};
-extern const Kernels<float> kAvx512Single{pack<float>, shrink<float>, expand<float>, sum<float>, few_shrink<float>, few_rows<float>};
+extern const Kernels<float> kAvx512{pack<float>,       shrink<float>,   expand<float>, sum<float>,
+                                    few_shrink<float>, few_rows<float>, kDots};
 }  // namespace moe_lora
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif

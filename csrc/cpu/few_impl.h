@@ -1,110 +1,217 @@
-// Few rows: the weight is read once, where it lies, in dot products along its rows. Included after kernels_impl.h.
+// Few rows: the weight is read once, where it lies. Included after kernels_impl.h.
+//
+// Up to kDots rows are dot products: both operands lie along the depth, sixteen partial sums each. More rows lie packed in
+// panels, sixteen to a vector, and meet one word of one weight row at a time: no sums across lanes, no second read.
 
-constexpr int kFewBlock = 6;     // weight rows that stay in L1 while all rows pass, though all may lie in the same sets
-constexpr int64_t kDeep = 2048;  // bytes of depth of them at a time
+constexpr int kDotBlock = 24;          // weight rows that meet a part of the rows while it is in L1
+constexpr int64_t kDotBytes = 16384;   // of all rows in such a part
+constexpr int64_t kLaneWords = 1024;   // of depth, while a task's columns pass: a page of a weight row, panels from L2
+constexpr int kPanels = kVectors;       // of rows at once
 
-// acc[m · kFewBlock + n] (+)= sixteen partial sums of <row m, weight row n>, of M rows and N weight rows. x holds 64
-// bytes of each row in turn. `ahead` bytes after what is read of the weight lies what will be read next; pass p of all
-// passes over it asks for its part.
+// acc[m · kDotBlock + n] (+)= sixteen partial sums of <row m, weight row n>, of M rows and N weight rows. x holds 64 bytes
+// of each row in turn. `ahead` bytes after what is read of the weight lies what will be read later.
 template <class E, int M, int N>
-__attribute__((noinline)) void dots(const E* x, const E* w, int64_t w_stride, int64_t depth, float* c, bool add_to,
-                                    int64_t ahead, int pass, int passes) {
+__attribute__((noinline)) void dots(const uint32_t* x, const E* w, int64_t w_stride, int64_t depth, float* c, bool add_to,
+                                    int64_t ahead) {
   constexpr int wide = kLanes * kPer<E>;
   alignas(64) static const float zeros[kLanes] = {};
   const float* start = add_to ? c : zeros;
   const int64_t step = add_to ? kLanes : 0;
-  int64_t next[N];
-  for (int n = 0; n < N; ++n) next[n] = n % passes == pass ? ahead : 0;
   F acc[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = load(start + (m * kFewBlock + n) * step);
+    for (int n = 0; n < N; ++n) acc[m][n] = load(start + (m * kDotBlock + n) * step);
   int64_t d = 0;
   do {
     U y[N];
     for (int n = 0; n < N; ++n) {
       y[n] = load_words(w + n * w_stride + d);
-      __builtin_prefetch((const char*)(w + n * w_stride + d) + next[n], 0, 2);
+      __builtin_prefetch((const char*)(w + n * w_stride + d) + ahead, 0, 2);
     }
     for (int m = 0; m < M; ++m) {
-      U z = load_words(x + m * wide);
+      U z = load_words(x + m * kLanes);
       for (int n = 0; n < N; ++n) acc[m][n] = dot(acc[m][n], z, y[n], E());
     }
-    d += wide, x += M * wide;
+    d += wide, x += M * kLanes;
   } while (d < depth);
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) store(c + (m * kFewBlock + n) * kLanes, acc[m][n]);
+    for (int n = 0; n < N; ++n) store(c + (m * kDotBlock + n) * kLanes, acc[m][n]);
 }
 
 // All `count` weight rows for M rows, as many at a time as there are registers for.
 template <class E, int M>
-void dots_rows(const E* x, const E* w, int64_t ws, int count, int64_t depth, float* c, bool add_to, int64_t ahead,
-               int pass, int passes) {
-  constexpr int N = M > 4 ? 3 : 6;
+void dots_rows(const uint32_t* x, const E* w, int64_t ws, int count, int64_t depth, float* c, bool add_to, int64_t ahead) {
+  constexpr int N = std::min(kAccumulators / M, 6);
   int n = 0;
-  for (; n + N <= count; n += N)
-    dots<E, M, N>(x, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead, pass, passes);
-  for (; n < count; ++n) dots<E, M, 1>(x, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead, pass, passes);
+  for (; n + N <= count; n += N) dots<E, M, N>(x, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead);
+  for (; n < count; ++n) dots<E, M, 1>(x, w + n * ws, ws, depth, c + n * kLanes, add_to, ahead);
 }
 
-// Depth d .. d + depth of all T rows and `count` weight rows, into acc[T][kFewBlock][16].
+// Depth d .. d + depth of all rows and `count` weight rows, into acc[T][kDotBlock][16].
+template <class E, int M = 1>
+void dots_block(const Few<E>& job, int64_t d, const E* w, int64_t ws, int count, int64_t depth, float* acc, int64_t ahead) {
+  if (job.T == M) return dots_rows<E, M>(job.packed + M * (d / kPer<E>), w, ws, count, depth, acc, d > 0, ahead);
+  if constexpr (M < kDots) dots_block<E, M + 1>(job, d, w, ws, count, depth, acc, ahead);
+}
+
+// `count` rows of the weight from row `first` on, depth d .. d + depth, where they lie if they are of type E and whole
+// vectors or words, else in a copy with zeros after it. `stride` becomes theirs.
+template <class S, class E>
+const E* weight_rows(const Few<E>& job, int64_t first, int count, int64_t d, int64_t depth, bool whole, int64_t& stride) {
+  const S* w = (const S*)job.weight.data + first * job.weight.stride + d;
+  stride = job.weight.stride;
+  if constexpr (std::is_same_v<S, E>)
+    if (whole) return w;
+  const int64_t wide = kLanes * kPer<E>, padded = (depth + wide - 1) / wide * wide;
+  auto* copy = (E*)scratch(kRows, count * padded * sizeof(E));
+  for (int n = 0; n < count; ++n)
+    if constexpr (std::is_same_v<S, E>) {
+      std::memset((void*)(copy + n * padded), 0, padded * sizeof(E));
+      std::memcpy((void*)(copy + n * padded), w + n * stride, depth * sizeof(E));
+    } else {
+      for (int64_t i = 0; i < padded; i += kLanes) store(copy + n * padded + i, floats(w + n * stride + i, depth - i));
+    }
+  stride = padded;
+  return copy;
+}
+
 template <class E>
-void dots_block(const Few<E>& job, int64_t d, const E* w, int64_t ws, int count, int64_t depth, float* acc,
-                int64_t ahead) {
-  const int passes = few_passes(job.T);
-  for (int p = 0; p < passes; ++p) {
-    const int t = job.T * p / passes, rows = job.T * (p + 1) / passes - t;
-    const E* x = job.packed + t * job.packed_depth + rows * d;
-    float* c = acc + t * kFewBlock * kLanes;
-    switch (rows) {
-      case 1: dots_rows<E, 1>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
-      case 2: dots_rows<E, 2>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
-      case 3: dots_rows<E, 3>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
-      case 4: dots_rows<E, 4>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
-      case 5: dots_rows<E, 5>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
-      case 6: dots_rows<E, 6>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
-      case 7: dots_rows<E, 7>(x, w, ws, count, depth, c, d > 0, ahead, p, passes); break;
-      default: dots_rows<E, 8>(x, w, ws, count, depth, c, d > 0, ahead, p, passes);
+const E* weight_rows(const Few<E>& job, int64_t first, int count, int64_t d, int64_t depth, bool whole, int64_t& stride) {
+  if constexpr (sizeof(E) == 4) {
+    if (job.weight.kind == Kind::kBf16) return weight_rows<bf16>(job, first, count, d, depth, whole, stride);
+    if (job.weight.kind == Kind::kFp16) return weight_rows<fp16>(job, first, count, d, depth, whole, stride);
+  }
+  return weight_rows<E, E>(job, first, count, d, depth, whole, stride);
+}
+
+// c[T][kFewColumns] = rows · weightᵀ for `columns` weight rows from row `first` on, by dot products.
+template <class E>
+void base_dots(const Few<E>& job, int64_t first, int64_t columns, float* c) {
+  constexpr int64_t wide = kLanes * kPer<E>;
+  auto* acc = (float*)scratch(kLora, job.T * kDotBlock * kLanes * sizeof(float));
+  const int block = job.T > 4 ? kDotBlock : 6;
+  const int64_t whole = job.D / wide * wide, most = kDotBytes / (job.T * 64) * wide;
+  for (int64_t n = 0; n < columns; n += block) {
+    const int count = int(std::min<int64_t>(block, columns - n));
+    for (int64_t d = 0; d < job.D; d += most) {
+      const int64_t part = std::min(most, whole - d), rest = std::min(most, job.D - d) - part;
+      const int64_t next = d + most < whole ? most : block * job.weight.stride - d;
+      int64_t stride;
+      if (part) {
+        const E* w = weight_rows(job, first + n, count, d, part, true, stride);
+        dots_block(job, d, w, stride, count, part, acc, next * sizeof(E));
+      }
+      if (rest) {
+        const E* w = weight_rows(job, first + n, count, d + part, rest, false, stride);
+        dots_block(job, d + part, w, stride, count, rest, acc, 0);
+      }
+    }
+    for (int t = 0; t < job.T; ++t)
+      for (int m = 0; m < count; m += 4) {
+        F four[4];
+        float out[4];
+        for (int i = 0; i < 4; ++i) four[i] = load(acc + (t * kDotBlock + std::min(m + i, count - 1)) * kLanes);
+        totals(four, out);
+        std::memcpy(c + t * kFewColumns + n + m, out, std::min(4, count - m) * sizeof(float));
+      }
+  }
+}
+
+// c[n][V · 16] (+)= words of N weight rows times V panels of rows
+template <class E, int V, int N>
+__attribute__((noinline)) void lanes(const uint32_t* x, int64_t x_stride, const E* w, int64_t w_stride, int64_t words,
+                                     float* c, int64_t c_stride, bool add_to, int64_t ahead) {
+  constexpr int groups = (N + 2) / 3;
+  alignas(64) static const float zeros[kLanes * V] = {};
+  const float* start = add_to ? c : zeros;
+  const int64_t start_stride = add_to ? c_stride : 0, row = w_stride * sizeof(E);
+  const char* p[groups];  // of every third row: fewer registers than rows
+  for (int g = 0; g < groups; ++g) {
+    p[g] = (const char*)w + 3 * g * row;
+    asm("" : "+r"(p[g]));
+  }
+  F acc[N][V];
+  for (int n = 0; n < N; ++n)
+    for (int v = 0; v < V; ++v) acc[n][v] = load(start + n * start_stride + v * kLanes);
+  int64_t i = 0;
+  do {
+    for (int n = 0; n < N; ++n) __builtin_prefetch(p[n / 3] + n % 3 * row + i * 4 + ahead, 0, 2);
+    const int64_t end = std::min<int64_t>(i + kLanes, words);
+    do {
+      U y[V];
+      for (int v = 0; v < V; ++v) y[v] = load_words(x + v * x_stride);
+      for (int n = 0; n < N; ++n) {
+        const U z = spread_word(p[n / 3] + n % 3 * row + i * 4);
+        for (int v = 0; v < V; ++v) acc[n][v] = dot(acc[n][v], z, y[v], E());
+      }
+      x += kLanes;
+    } while (++i < end);
+  } while (i < words);
+  for (int n = 0; n < N; ++n)
+    for (int v = 0; v < V; ++v) store(c + n * c_stride + v * kLanes, acc[n][v]);
+}
+
+template <class E, int V>
+void lanes_rows(const uint32_t* x, int64_t x_stride, const E* w, int64_t w_stride, int count, int64_t words, float* c,
+                int64_t c_stride, bool add_to, int64_t ahead) {
+  // not more: weight rows a power of two apart share one set of twelve lines of L1
+  constexpr int N = std::min(kAccumulators / V, 12), M = std::max(N / 3, 1);
+  int n = 0;
+  const auto run = [&](auto rows) {
+    for (; n + rows() <= count; n += rows())
+      lanes<E, V, rows()>(x, x_stride, w + n * w_stride, w_stride, words, c + n * c_stride, c_stride, add_to, ahead);
+  };
+  run(std::integral_constant<int, N>()), run(std::integral_constant<int, M>()), run(std::integral_constant<int, 1>());
+}
+
+// `count` weight rows at w, from word `at` of the depth on, for all panels of rows.
+template <class E>
+void lanes_block(const Few<E>& job, int64_t at, const E* w, int64_t stride, int count, int64_t words, float* c,
+                 int64_t ahead) {
+  const int panels = (job.T + kLanes - 1) / kLanes;
+  for (int v = 0; v < panels; v += kPanels) {
+    const uint32_t* x = job.packed + (v * job.words + at) * kLanes;
+    const auto run = [&](auto n) {
+      lanes_rows<E, n()>(x, job.words * kLanes, w, stride, count, words, c + v * kLanes, panels * kLanes, at > 0,
+                         v ? 0 : ahead);
+    };
+    switch (std::min(panels - v, kPanels)) {
+      case 1: run(std::integral_constant<int, 1>()); break;
+      case 2: run(std::integral_constant<int, std::min(2, kPanels)>()); break;
+      case 3: run(std::integral_constant<int, std::min(3, kPanels)>()); break;
+      default: run(std::integral_constant<int, kPanels>());
     }
   }
 }
 
-// The rest of the depth, less than a vector, in a copy of the weight with zeros after it.
+// The same by words of the weight and panels of rows.
 template <class E>
-void dots_rest(const Few<E>& job, int64_t d, const E* w, int64_t ws, int count, float* acc) {
-  constexpr int wide = kLanes * kPer<E>;
-  E copy[kFewBlock * wide] = {};
-  for (int n = 0; n < count; ++n) std::memcpy(copy + n * wide, w + n * ws, (job.D - d) * sizeof(E));
-  dots_block(job, d, copy, wide, count, wide, acc, 0);
-}
-
-// c[T][kFewColumns] = rows · weightᵀ for `count` weight rows from row `first` on.
-template <class E>
-void base(const Few<E>& job, int64_t first, int count, float* c) {
-  auto* acc = (float*)scratch(kLora, job.T * kFewBlock * kLanes * sizeof(float));
-  const int64_t whole = job.D / (kLanes * kPer<E>) * (kLanes * kPer<E>);
-  const int64_t step = job.T > 6 ? kDeep / int64_t(sizeof(E)) : std::max<int64_t>(whole, 1);
-  const E* w = job.weight + first * job.weight_stride;
-  for (int64_t d = 0; d < whole; d += step) {
-    const int64_t depth = std::min(step, whole - d), next = d + step < whole ? step : kFewBlock * job.weight_stride - d;
-    dots_block(job, d, w + d, job.weight_stride, count, depth, acc, next * sizeof(E));
-  }
-  if (whole < job.D) dots_rest(job, whole, w + whole, job.weight_stride, count, acc);
-  for (int t = 0; t < job.T; ++t)
-    for (int n = 0; n < count; n += 4) {
-      F four[4];
-      float out[4];
-      for (int i = 0; i < 4; ++i) four[i] = load(acc + (t * kFewBlock + std::min(n + i, count - 1)) * kLanes);
-      totals(four, out);
-      std::memcpy(c + t * kFewColumns + n, out, std::min(4, count - n) * sizeof(float));
+void base_lanes(const Few<E>& job, int64_t first, int64_t columns, float* c) {
+  const int panels = (job.T + kLanes - 1) / kLanes;
+  auto* sums = (float*)scratch(kLora, kFewColumns * panels * kLanes * sizeof(float));
+  for (int64_t at = 0; at < job.words; at += kLaneWords) {
+    const int64_t d = at * kPer<E>, depth = std::min<int64_t>(kLaneWords * kPer<E>, job.D - d), odd = depth % kPer<E>;
+    for (int64_t n = 0; n < columns; n += kDotBlock) {
+      const int count = int(std::min<int64_t>(kDotBlock, columns - n));
+      const int64_t next = n + count < columns ? count * job.weight.stride : kLaneWords * kPer<E> - n * job.weight.stride;
+      float* out = sums + n * panels * kLanes;
+      int64_t stride;
+      if (depth > odd) {
+        const E* w = weight_rows(job, first + n, count, d, depth - odd, true, stride);
+        lanes_block(job, at, w, stride, count, depth / kPer<E>, out, next * int64_t(sizeof(E)));
+      }
+      if (odd) {
+        const E* w = weight_rows(job, first + n, count, d + depth - odd, odd, false, stride);
+        lanes_block(job, at + depth / kPer<E>, w, stride, count, 1, out, 0);
+      }
     }
-}
-
-inline float number(float x) { return x; }
-inline float number(bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
+  }
+  for (int t = 0; t < job.T; t += kLanes)
+    for (int64_t n = 0; n < columns; n += kLanes) {
+      U x[kLanes];
+      for (int i = 0; i < kLanes; ++i) x[i] = load_words(sums + (n + i) * panels * kLanes + t);
+      transpose(x);
+      for (int i = 0; i < std::min(kLanes, job.T - t); ++i) store_words(c + (t + i) * kFewColumns + n, x[i]);
+    }
 }
 
 // z[m] = x[m] · columns r .. r + 32 of a, over its rows begin .. end, for M rows
@@ -113,11 +220,26 @@ void few_shrink_rows(const E* const* x, const S* a, int64_t stride, int64_t begi
   F acc[M][2];
   const int64_t low = std::min<int64_t>(n, kLanes), high = std::max<int64_t>(n - kLanes, 0);
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
-  for (int64_t d = begin; d < end; ++d) {
-    const F y0 = floats(a + d * stride, low), y1 = high ? floats(a + d * stride + kLanes, high) : zero();
+  const auto columns = [&](int64_t d, int64_t first, int64_t count) {
+    U y = elements(a + d * stride + first, count, E());
+    if constexpr (kPer<E> == 2)
+      if (d + 1 < end) y = join(y, elements(a + (d + 1) * stride + first, count, E()));
+    return y;
+  };
+  int64_t d = begin;
+  for (; d + kPer<E> <= end; d += kPer<E>) {
+    const U y0 = columns(d, 0, low), y1 = high ? columns(d, kLanes, high) : y0;
     for (int m = 0; m < M; ++m) {
-      const F value = spread(number(x[m][d]));
-      acc[m][0] = multiply_add(value, y0, acc[m][0]), acc[m][1] = multiply_add(value, y1, acc[m][1]);
+      const U value = spread_word(x[m] + d);
+      acc[m][0] = dot(acc[m][0], value, y0, E()), acc[m][1] = dot(acc[m][1], value, y1, E());
+    }
+  }
+  if (d < end) {
+    const U y0 = columns(d, 0, low), y1 = high ? columns(d, kLanes, high) : y0;
+    for (int m = 0; m < M; ++m) {
+      uint32_t last = 0;
+      std::memcpy(&last, x[m] + d, sizeof(E));
+      acc[m][0] = dot(acc[m][0], spread_word(last), y0, E()), acc[m][1] = dot(acc[m][1], spread_word(last), y1, E());
     }
   }
   for (int m = 0; m < M; ++m) {
@@ -126,38 +248,38 @@ void few_shrink_rows(const E* const* x, const S* a, int64_t stride, int64_t begi
   }
 }
 
-// h[split] of one expert for the rows that use it, four at a time
+template <class S, class E, int M = 1>
+void few_shrink_some(int rows, const E* const* x, const S* a, int64_t stride, int64_t begin, int64_t end, int64_t n,
+                     float* const* z) {
+  if (rows == M) return few_shrink_rows<S, E, M>(x, a, stride, begin, end, n, z);
+  if constexpr (M < kAccumulators / 3) few_shrink_some<S, E, M + 1>(rows, x, a, stride, begin, end, n, z);
+}
+
+// z[split] of one expert for the rows that use it, as many at a time as there are registers for
 template <class S, class E>
 void few_shrink_as(const Few<E>& job, int expert, int64_t split) {
-  const S* a = (const S*)job.lora_a.data + expert * job.a_expert_stride;
-  const int64_t begin = split * kSplit, end = std::min(job.D, begin + kSplit);
-  const E* x[4];
-  float *h[4], *z[4];
-  int count = 0;
-  for (int at = 0; at <= job.T * job.K; ++at) {
-    const bool last = at == job.T * job.K;
-    if (!last && job.experts[at] == expert) {
-      x[count] = job.rows + at / job.K * job.stride;
-      h[count++] = job.h + (split * job.T * job.K + at) * job.R;
-    }
-    if (count < 4 && !(last && count)) continue;
+  constexpr int most = kAccumulators / 3;
+  const S* a = expert_of<S>(job.lora_a, expert);
+  const int64_t begin = split * kSplit, end = std::min(job.D, begin + kSplit), last = job.routes.starts[expert + 1];
+  for (int64_t at = job.routes.starts[expert]; at < last; at += most) {
+    const int rows = int(std::min<int64_t>(most, last - at));
+    const E* x[most];
+    float* z[most];
+    for (int i = 0; i < rows; ++i) x[i] = job.rows + job.routes.rows[at + i] * job.stride;
     for (int r = 0; r < job.R; r += 2 * kLanes) {
-      for (int i = 0; i < count; ++i) z[i] = h[i] + r;
-      const int64_t n = job.R - r;
-      switch (count) {
-        case 1: few_shrink_rows<S, E, 1>(x, a + r, job.lora_a.stride, begin, end, n, z); break;
-        case 2: few_shrink_rows<S, E, 2>(x, a + r, job.lora_a.stride, begin, end, n, z); break;
-        case 3: few_shrink_rows<S, E, 3>(x, a + r, job.lora_a.stride, begin, end, n, z); break;
-        default: few_shrink_rows<S, E, 4>(x, a + r, job.lora_a.stride, begin, end, n, z);
-      }
+      for (int i = 0; i < rows; ++i) z[i] = job.z + (split * job.T * job.routes.K + job.routes.slots[at + i]) * job.R + r;
+      few_shrink_some(rows, x, a + r, job.lora_a.matrix.stride, begin, end, job.R - r, z);
     }
-    count = 0;
   }
 }
 
 template <class E>
 void few_shrink(const Few<E>& job, int expert, int64_t split) {
-  job.lora_a.is_float ? few_shrink_as<float>(job, expert, split) : few_shrink_as<E>(job, expert, split);
+  switch (job.lora_a.matrix.kind) {
+    case Kind::kFloat: return few_shrink_as<float>(job, expert, split);
+    case Kind::kBf16: return few_shrink_as<bf16>(job, expert, split);
+    case Kind::kFp16: return few_shrink_as<fp16>(job, expert, split);
+  }
 }
 
 // c[T][kFewColumns] += s · lora_b, columns first .. first + columns. An expert's columns are copied together: a column's
@@ -166,15 +288,15 @@ template <class S, class E>
 void few_expand(const Few<E>& job, int64_t first, int64_t columns, float* c) {
   constexpr int vectors = kFewColumns / kLanes;
   auto* copy = (float*)scratch(kWeights, job.R * kFewColumns * sizeof(float));
-  for (int u = 0; u < job.num_used; ++u) {
-    const S* b = (const S*)job.lora_b.data + job.used[u] * job.expert_stride + first;
+  for (int u = 0; u < job.used; ++u) {
+    const S* b = expert_of<S>(job.lora_b, u) + first;
     for (int r = 0; r < job.R; ++r)
       for (int64_t v = 0; v < vectors; ++v)
-        store(copy + r * kFewColumns + v * kLanes, floats(b + r * job.lora_b.stride + v * kLanes, columns - v * kLanes));
-    for (int at = 0; at < job.T * job.K; ++at) {
-      if (job.experts[at] != job.used[u]) continue;
-      float* out = c + at / job.K * kFewColumns;
-      const float *s = job.s + int64_t(at) * job.R, *row = copy;
+        store(copy + r * kFewColumns + v * kLanes,
+              floats(b + r * job.lora_b.matrix.stride + v * kLanes, columns - v * kLanes));
+    for (int64_t at = job.routes.starts[u]; at < job.routes.starts[u + 1]; ++at) {
+      float* out = c + job.routes.rows[at] * kFewColumns;
+      const float *s = job.s + job.routes.slots[at] * job.R, *row = copy;
       F acc[vectors];
       for (int v = 0; v < vectors; ++v) acc[v] = load(out + v * kLanes);
       for (int r = 0; r < job.R; ++r, row += kFewColumns) {
@@ -191,8 +313,12 @@ void few_rows(const Few<E>& job, int64_t first) {
   const int64_t columns = std::min<int64_t>(kFewColumns, job.F - first);
   auto* c = (float*)scratch(kSums, job.T * kFewColumns * sizeof(float));
   if (columns < kFewColumns) std::memset(c, 0, job.T * kFewColumns * sizeof(float));
-  for (int64_t n = 0; n < columns; n += kFewBlock) base(job, first + n, std::min<int64_t>(kFewBlock, columns - n), c + n);
-  job.lora_b.is_float ? few_expand<float>(job, first, columns, c) : few_expand<E>(job, first, columns, c);
+  job.T <= kDots ? base_dots(job, first, columns, c) : base_lanes(job, first, columns, c);
+  switch (job.lora_b.matrix.kind) {
+    case Kind::kFloat: few_expand<float>(job, first, columns, c); break;
+    case Kind::kBf16: few_expand<bf16>(job, first, columns, c); break;
+    case Kind::kFp16: few_expand<fp16>(job, first, columns, c); break;
+  }
   for (int t = 0; t < job.T; ++t)
     finish(c + t * kFewColumns, job.bias ? job.bias + first : nullptr, columns, job.out + t * job.F + first);
 }

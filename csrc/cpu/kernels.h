@@ -2,8 +2,8 @@
 //
 // Everything is counted in 32-bit words along the summed dimension: a word is two neighbouring bf16 or one float, so that
 // one kernel serves both. A packed panel holds 16 columns: word w of column c at [w * 16 + c]; the words of one column of
-// a pair of rows are interleaved. Rank-space arrays follow tiles: the rows of a tile are adjacent, each with the experts
-// ("slots") that any row of the tile uses.
+// a pair of rows are interleaved. Experts are counted among those that the routing uses, see plan.h. A row has one place
+// for each of its experts, rising: rank-space arrays are [T, K, even(R)], where a row's first `count` places are in use.
 #pragma once
 
 #include <cstdint>
@@ -13,15 +13,35 @@ namespace moe_lora {
 struct bf16 {
   uint16_t bits;
 };
+struct fp16 {
+  uint16_t bits;
+};
 
 constexpr int kTile = 6;       // rows of one register tile
 constexpr int kLanes = 16;     // columns of one packed panel
 constexpr int kColumns = 256;  // of one task; its sums, rows and weights stay in an L2 cache of 1 MB
 constexpr int kChunk = 32;     // tiles worked on together
 
+struct Run {  // neighbouring rows with the same experts
+  int32_t row, rows;
+  int32_t first, count;  // these experts, among Routes::experts
+};
+
 struct Tile {
-  int32_t row, rows;     // first row, how many
-  int32_t slot, slots;   // where its experts start in the list of all tiles' experts, how many
+  int32_t row, rows;  // first row, how many
+  int32_t run, runs;  // the runs that make it up
+};
+
+struct Routes {
+  const Tile* tiles;
+  const Run* runs;
+  const int32_t* experts;
+  const int32_t* instance;  // [T]
+  const int32_t* places;    // [N, K]: the place of each pick
+  const int64_t* starts;    // [used + 1]: an expert's part of
+  const int32_t* rows;      // its rows, rising, and
+  const int64_t* slots;     // row · K + place there
+  int K;
 };
 
 struct Mask {  // of dropout; see dropout.py
@@ -30,33 +50,33 @@ struct Mask {  // of dropout; see dropout.py
   bool on;
 };
 
-// A matrix with rows a stride apart, elements adjacent: E or, for the experts' parameters, float or E.
+enum class Kind { kFloat, kBf16, kFp16 };
+
+// Rows a stride apart, elements adjacent; converted as they are read.
 struct Matrix {
   const void* data;
   int64_t stride;
-  bool is_float;  // float though E is bf16
+  Kind kind;
 };
 
-// Panels of all experts: columns [first, first + columns) of expert e.
+// Panels of experts: columns [first, first + columns) of expert e, which is number used[e] of the parameter.
 struct Source {
   Matrix matrix;
   int64_t expert_stride;
-  bool across;  // true: the summed dimension runs along a row, column c is row c; false: it runs down the rows
+  bool across;          // true: the summed dimension runs along a row, column c is row c; false: it runs down the rows
+  const int32_t* used;  // or null: number e
 };
 
 template <class E>
-struct Shrink {  // z = rows · panels, for the tiles' experts; then s = gates · z
+struct Shrink {  // z = rows · panels, for each row's experts; then s = gates · z
   const E* rows;
   int64_t stride, D;         // rows [T, D]
-  const uint32_t* panels;    // [E, groups, words(D), 16]
+  const uint32_t* panels;    // [used, groups, words(D), 16]
   int groups, R;             // panels per expert, their columns in use
-  const Tile* tiles;
-  const int32_t* experts;    // of the tiles' slots
-  int K;
-  const int32_t* slots;      // [T, K]: which slot of its tile
-  const float* gates;        // [T, K], all that the row gives to that slot's expert
-  E* s;                      // [slot · kTile + row · slots + slot of tile, even(R)]
-  E* h;                      // forward: z is written to it, [T, K · R]
+  Routes routes;
+  const float* gates;        // [N, K], all that the instance gives to that pick's expert
+  E* s;                      // [T, K, even(R)]
+  E* h;                      // forward: z is written to it, [T, K · R], by picks
   const E* kept;             // backward: that h;
   E* kept_s;                 // gates · h, like s;
   float* dgates;             // [T, K]: <z, h>
@@ -64,15 +84,14 @@ struct Shrink {  // z = rows · panels, for the tiles' experts; then s = gates �
 };
 
 template <class E>
-struct Expand {  // out = rows · weight + bias + s · panels(source), columns first .. first + columns
+struct Expand {  // out = rows · weight + bias + s · panels(lora), columns first .. first + columns
   const E* rows;
   int64_t stride, D;         // rows [T, D], D is summed over
   Source weight;
   Source lora;
-  int num_experts, R;
-  const E* s;                // [slot · kTile + row · slots + slot of tile, even(R)]
-  const Tile* tiles;
-  const int32_t* experts;
+  int used, R;
+  const E* s;                // [T, K, even(R)]
+  Routes routes;
   const E* bias;             // or null
   E* out;                    // [T, columns]
   int64_t out_stride, columns;
@@ -84,65 +103,55 @@ struct Sum {  // out_e = Σ over the expert's rows of sᵀ · rows
   const E* rows;
   int64_t stride, columns;   // rows [T, columns]
   const E* s;                // as in Expand
-  int R;
-  int num_experts;
-  const int64_t* starts;     // [num_experts + 1]: the expert's part of
-  const int32_t* row;        // rows
-  const int64_t* place;      // where in s their R numbers start
-  float* out;                // [num_experts, R, columns], or [num_experts, columns, R] if `across`
+  int used, R;
+  Routes routes;
+  float* out;                // [used, R, columns], or [used, columns, R] if `across`
   bool across;
   Mask mask;                 // of rows
 };
 
 template <class E>
-struct Few {  // out = rows · weightᵀ + bias + s · lora, for few rows: weight is read where it lies
+struct Few {  // out = rows · weightᵀ + bias + s · lora, for few rows: weight is read once, where it lies
   const E* rows;
   int64_t stride;
-  const E* packed;           // the rows of a pass together: 64 bytes of each in turn, zeros after the last element
-  int64_t packed_depth;
+  const uint32_t* packed;    // up to `dots` rows: 64 bytes of each in turn, zeros after the last element; more: panels
+  int64_t words;             // of packed depth
   int T;
-  int64_t D;
-  const E* weight;           // [F, D]
-  int64_t weight_stride, F;
+  int64_t D, F;
+  Matrix weight;             // [F, D]
   const E* bias;
-  Matrix lora_b;             // [E, R, F]
-  int64_t expert_stride;
-  const int32_t* experts;    // [T, K]
-  const int32_t* used;       // those of them, each once, rising
-  int num_used;
+  Source lora_a, lora_b;     // [E, D, R], [E, R, F], elements of the last dimension adjacent
+  Routes routes;
+  int used, R;
   const float* s;            // [T, K, R]
-  int K, R;
   E* out;                    // [T, F]
-  Matrix lora_a;             // [E, D, R], for the shrink
-  int64_t a_expert_stride;
-  float* h;                  // [splits, T, K, R]
+  float* z;                  // [splits, T, K, R]
 };
 
 constexpr int kFewColumns = 96;  // of one task
-constexpr int kFewTile = 8;      // rows of one pass over a block of the weight
 constexpr int kSplit = 1024;     // of D, in the shrink of few rows
-
-inline int few_passes(int T) { return (T + kFewTile - 1) / kFewTile; }  // pass p: rows T · p / passes to the next's
 
 template <class E>
 struct Kernels {
   void (*pack)(const Source&, int expert, int64_t first, int64_t columns, int64_t depth, uint32_t* panels);
-  void (*shrink)(const Shrink<E>&, int64_t tile_begin, int64_t tile_end);
-  void (*expand)(const Expand<E>&, int64_t first, int64_t tile_begin, int64_t tile_end);
-  void (*sum)(const Sum<E>&, int64_t first);
+  // of members that share rows, their mask and R; `expand` makes one sum over all of them
+  void (*shrink)(const Shrink<E>*, int members, int64_t tile_begin, int64_t tile_end);
+  void (*expand)(const Expand<E>*, int members, int64_t first, int64_t tile_begin, int64_t tile_end);
+  void (*sum)(const Sum<E>*, int members, int64_t first);
   void (*few_shrink)(const Few<E>&, int expert, int64_t split);
   void (*few_rows)(const Few<E>&, int64_t first);
+  int dots;  // up to so many rows, few_rows takes dot products
 };
 
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  const Kernels<bf16>* half;
+  const Kernels<bf16>* half;  // or null: bf16 is computed in float
   const Kernels<float>* single;
 };
 
 const InstructionSet* instruction_sets();  // best first, a null name ends
 
-void* scratch(int which, int64_t bytes);  // of this thread, 64-byte aligned, kept until it ends
+void* scratch(int which, int64_t bytes);  // of this thread, aligned to a page, kept until it ends
 
 }  // namespace moe_lora

@@ -106,9 +106,17 @@ int row_segments(const E* rows, int64_t stride, int count, int64_t depth, const 
 }
 
 // Sixteen words whose low (only) parts are the elements at p.
-inline U elements(const bf16* p, bf16) { return words(p); }
-inline U elements(const float* p, bf16) { return words(load(p)); }
-inline U elements(const float* p, float) { return load_words(p); }
+template <class S>
+U elements(const S* p, bf16) {
+  if constexpr (std::is_same_v<S, bf16>)
+    return words(p);
+  else
+    return words(load(p));
+}
+template <class S>
+U elements(const S* p, float) {
+  return as_words(load(p));
+}
 
 // The same of n < 16 elements, zeros after them.
 template <class S, class E>
@@ -120,12 +128,16 @@ U elements(const S* p, int64_t n, E) {
 }
 
 // Sixteen whole words of one row: 32 bf16 or 16 floats.
-inline U row_words(const bf16* p, bf16) { return load_words(p); }
-inline U row_words(const float* p, float) { return load_words(p); }
-inline U row_words(const float* p, bf16) {
+template <class S>
+U row_words(const S* p, bf16) {
+  if constexpr (std::is_same_v<S, bf16>) return load_words(p);
   bf16 buffer[2 * kLanes];
   store(buffer, load(p)), store(buffer + kLanes, load(p + kLanes));
   return load_words(buffer);
+}
+template <class S>
+U row_words(const S* p, float) {
+  return as_words(load(p));
 }
 
 // Columns from the rows of a matrix: sixteen rows become one panel.
@@ -160,15 +172,22 @@ void pack_down(Row row, int64_t columns, int64_t depth, uint32_t* out) {
     const S* high = kPer<E> == 2 && w * 2 + 1 < depth ? row(w * 2 + 1) : nullptr;
     for (int64_t first = 0; first < columns; first += kLanes) {
       U x = elements(low + first, columns - first, E());
-      if (high) x = join(x, elements(high + first, columns - first, E()));
+      if constexpr (kPer<E> == 2)
+        if (high) x = join(x, elements(high + first, columns - first, E()));
       store_words(out + (first * all) + w * kLanes, x);  // first / 16 panels of all · 16 words
     }
   }
 }
 
+// `expert` of a source.
+template <class S>
+const S* expert_of(const Source& source, int expert) {
+  return (const S*)source.matrix.data + (source.used ? source.used[expert] : expert) * source.expert_stride;
+}
+
 template <class S, class E>
 void pack_as(const Source& source, int expert, int64_t first, int64_t columns, int64_t depth, uint32_t* panels) {
-  const S* data = (const S*)source.matrix.data + expert * source.expert_stride;
+  const S* data = expert_of<S>(source, expert);
   const int64_t stride = source.matrix.stride;
   if (source.across)
     pack_across<S, E>(data + first * stride, stride, columns, depth, panels);
@@ -179,10 +198,11 @@ void pack_as(const Source& source, int expert, int64_t first, int64_t columns, i
 // Panels of 16 columns each, words_of(depth) · 16 words; what is past the columns or the depth is zero.
 template <class E>
 void pack(const Source& source, int expert, int64_t first, int64_t columns, int64_t depth, uint32_t* panels) {
-  if (source.matrix.is_float)
-    pack_as<float, E>(source, expert, first, columns, depth, panels);
-  else
-    pack_as<E, E>(source, expert, first, columns, depth, panels);
+  switch (source.matrix.kind) {
+    case Kind::kFloat: return pack_as<float, E>(source, expert, first, columns, depth, panels);
+    case Kind::kBf16: return pack_as<bf16, E>(source, expert, first, columns, depth, panels);
+    case Kind::kFp16: return pack_as<fp16, E>(source, expert, first, columns, depth, panels);
+  }
 }
 
 // The dropout bits of elements first .. first + n: element i is kept if the result's [i] >= threshold.
@@ -209,18 +229,13 @@ inline void drop(const Mask& mask, int64_t first, int64_t n, const float* x, flo
   for (int64_t i = 0; i < n; ++i) out[i] = bits[i] >= mask.threshold ? x[i] : 0;
 }
 
-inline F floats(const float* p, int64_t n) {
+// n elements, zeros after them.
+template <class S>
+F floats(const S* p, int64_t n) {
   if (n >= kLanes) return load(p);
-  float buffer[kLanes] = {};
-  if (n > 0) std::memcpy(buffer, p, n * sizeof(float));
+  S buffer[kLanes] = {};
+  if (n > 0) std::memcpy((void*)buffer, p, n * sizeof(S));
   return load(buffer);
-}
-
-inline F floats(const bf16* p, int64_t n) {
-  if (n >= kLanes) return widen(p);
-  bf16 buffer[kLanes] = {};
-  if (n > 0) std::memcpy(buffer, p, n * sizeof(bf16));
-  return widen(buffer);
 }
 
 template <class E>
@@ -231,62 +246,75 @@ void store_some(E* p, F x, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(E));
 }
 
-// From z [rows][slots · groups · 16] of one tile to h and s, or from z and h to s, kept_s and dgates.
+// From z [rows][K · groups · 16] of one tile to h and s, or from z and h to s, kept_s and dgates.
 template <class E>
 void fold(const Shrink<E>& job, const Tile& t, const float* z) {
-  const int64_t even = words_of<E>(job.R) * kPer<E>, wide = job.groups * kLanes, first = int64_t(t.slot) * kTile * even;
-  std::memset((void*)(job.s + first), 0, t.rows * t.slots * even * sizeof(E));
-  if (job.kept) std::memset((void*)(job.kept_s + first), 0, t.rows * t.slots * even * sizeof(E));
-  for (int64_t r = 0; r < t.rows; ++r)
-    for (int64_t k = 0, at = (t.row + r) * job.K; k < job.K; ++k, ++at) {
-      const int64_t place = r * t.slots + job.slots[at];
-      const float* source = z + place * wide;
-      const F gate = spread(job.gates[at]);
-      E* s = job.s + first + place * even;
+  const int64_t even = words_of<E>(job.R) * kPer<E>, wide = job.groups * kLanes, K = job.routes.K;
+  std::memset((void*)(job.s + t.row * K * even), 0, t.rows * K * even * sizeof(E));
+  if (job.kept) std::memset((void*)(job.kept_s + t.row * K * even), 0, t.rows * K * even * sizeof(E));
+  for (int64_t row = t.row; row < t.row + t.rows; ++row)
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t pick = job.routes.instance[row] * K + k, place = row * K + job.routes.places[pick];
+      const float* source = z + (place - t.row * K) * wide;
+      const F gate = spread(job.gates[pick]);
+      E* s = job.s + place * even;
       F product = zero();
       for (int64_t i = 0; i < job.R; i += kLanes) {
         const F value = load(source + i);
         store_some(s + i, multiply(gate, value), job.R - i);
-        if (job.h) store_some(job.h + at * job.R + i, value, job.R - i);
+        if (job.h) store_some(job.h + (row * K + k) * job.R + i, value, job.R - i);
         if (job.kept) {
-          const F h = floats(job.kept + at * job.R + i, job.R - i);
+          const F h = floats(job.kept + (row * K + k) * job.R + i, job.R - i);
           product = multiply_add(i + kLanes > job.R ? floats(source + i, job.R - i) : value, h, product);
-          store_some(job.kept_s + first + place * even + i, multiply(gate, h), job.R - i);
+          store_some(job.kept_s + place * even + i, multiply(gate, h), job.R - i);
         }
       }
-      if (job.kept) job.dgates[at] = total(product);
+      if (job.kept) job.dgates[row * K + k] = total(product);
+    }
+}
+
+// z [rows][K · groups · 16] (+)= the product of a tile's rows, `depth` of them from d on, and its runs' experts
+template <class E>
+void shrink_tile(const Shrink<E>& job, const Tile& t, const E* rows, int64_t stride, int64_t d, int64_t depth,
+                 int64_t words, float* z) {
+  const int64_t row_wide = job.routes.K * job.groups * kLanes;
+  for (const Run* run = job.routes.runs + t.run; run < job.routes.runs + t.run + t.runs; ++run)
+    for (int64_t p = 0, panels = run->count * job.groups; p < panels; p += kVectors) {
+      const int n = std::min<int64_t>(kVectors, panels - p);
+      const uint32_t* b[kVectors];
+      for (int v = 0; v < n; ++v) {
+        const int64_t panel = job.routes.experts[run->first + (p + v) / job.groups] * job.groups + (p + v) % job.groups;
+        b[v] = job.panels + (panel * words + d / kPer<E>) * kLanes;
+      }
+      Segment s[2];
+      uint32_t odd[kTile];
+      const int64_t r = run->row - t.row;
+      const int count = row_segments(rows + r * stride, stride, run->rows, depth, b, n, s, odd);
+      tile<E>(s, count, run->rows, n, z + r * row_wide + p * kLanes, row_wide, d > 0);
     }
 }
 
 template <class E>
-void shrink(const Shrink<E>& job, int64_t begin, int64_t end) {
+void shrink(const Shrink<E>* jobs, int members, int64_t begin, int64_t end) {
+  const Shrink<E>& job = *jobs;
   const Blocks blocks(words_of<E>(job.D));
-  const int64_t wide = job.groups * kLanes, step = blocks.size * kPer<E>;
-  const int64_t slots = job.tiles[end - 1].slot + job.tiles[end - 1].slots - job.tiles[begin].slot;
+  const int64_t wide = job.groups * kLanes, row_wide = job.routes.K * wide, step = blocks.size * kPer<E>;
   auto* dropped = job.mask.on ? (E*)scratch(kRows, kTile * step * sizeof(E)) : nullptr;
-  auto* sums = (float*)scratch(kSums, slots * kTile * wide * sizeof(float));
+  auto* sums = (float*)scratch(kSums, members * (end - begin) * kTile * row_wide * sizeof(float));
   for (int64_t d = 0; d < job.D; d += step)
     for (int64_t i = begin; i < end; ++i) {
-      const Tile& t = job.tiles[i];
-      const int64_t panels = t.slots * job.groups, depth = std::min(step, job.D - d);
-      float* z = sums + int64_t(t.slot - job.tiles[begin].slot) * kTile * wide;
+      const Tile& t = job.routes.tiles[i];
+      const int64_t depth = std::min(step, job.D - d);
+      float* z = sums + (i - begin) * members * kTile * row_wide;
       const E* rows = job.rows + t.row * job.stride + d;
       for (int r = 0; dropped && r < t.rows; ++r)
         drop(job.mask, (t.row + r) * job.D + d, depth, rows + r * job.stride, dropped + r * step);
-      for (int64_t p = 0; p < panels; p += kVectors) {
-        const int n = std::min<int64_t>(kVectors, panels - p);
-        const uint32_t* b[kVectors];
-        for (int v = 0; v < n; ++v) {
-          const int64_t panel = job.experts[t.slot + (p + v) / job.groups] * job.groups + (p + v) % job.groups;
-          b[v] = job.panels + (panel * blocks.words + d / kPer<E>) * kLanes;
-        }
-        Segment s[2];
-        uint32_t odd[kTile];
-        const int count = dropped ? row_segments(dropped, step, t.rows, depth, b, n, s, odd)
-                                  : row_segments(rows, job.stride, t.rows, depth, b, n, s, odd);
-        tile<E>(s, count, t.rows, n, z + p * kLanes, t.slots * wide, d > 0);
+      if (dropped) rows = dropped;
+      const int64_t stride = dropped ? step : job.stride;
+      for (int m = 0; m < members; ++m, z += kTile * row_wide) {
+        shrink_tile(jobs[m], t, rows, stride, d, depth, blocks.words, z);
+        if (d + step >= job.D) fold(jobs[m], t, z);
       }
-      if (d + step >= job.D) fold(job, t, z);
     }
 }
 
@@ -295,10 +323,7 @@ void finish(const float* c, const E* bias, int64_t n, E* out) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     F y = load(c + i);
-    if constexpr (sizeof(E) == 2)
-      store(out + i, bias ? add(y, widen(bias + i)) : y);
-    else
-      store(out + i, bias ? add(y, load(bias + i)) : y);
+    store(out + i, bias ? add(y, load(bias + i)) : y);
   }
   if (i < n) {
     float rest[kLanes] = {};
@@ -310,16 +335,37 @@ void finish(const float* c, const E* bias, int64_t n, E* out) {
   }
 }
 
-// The rank-space products of a tile, one per expert, as segments: of n panels from panel v on.
+// The rank-space products of a run, one per expert and member, as segments: of n panels from panel v on.
 template <class E>
-int expand_segments(const Expand<E>& job, const Tile& t, const uint32_t* lora, int all, int v, int n, Segment* segments) {
-  const int64_t words = words_of<E>(job.R), even = words * kPer<E>;
-  for (int j = 0; j < t.slots; ++j) {
-    const E* s = job.s + int64_t(t.slot) * kTile * even + j * even;
-    segments[j] = {(const char*)s, int64_t(t.slots * even * sizeof(E)), 4, {}, words * kLanes};
-    for (int u = 0; u < n; ++u) segments[j].b[u] = lora + (job.experts[t.slot + j] * all + v + u) * words * kLanes;
+int run_segments(const Expand<E>* jobs, int members, const Run& run, const uint32_t* lora, int all, int v, int n,
+                 Segment* segments) {
+  const int64_t words = words_of<E>(jobs->R), even = words * kPer<E>, row = jobs->routes.K * even;
+  Segment* s = segments;
+  for (int m = 0; m < members; ++m)
+    for (int p = 0; p < run.count; ++p, ++s) {
+      *s = {(const char*)(jobs[m].s + run.row * row + p * even), int64_t(row * sizeof(E)), 4, {}, words * kLanes};
+      const int64_t expert = m * jobs->used + jobs->routes.experts[run.first + p];
+      for (int u = 0; u < n; ++u) s->b[u] = lora + (expert * all + v + u) * words * kLanes;
+    }
+  return int(s - segments);
+}
+
+// The rank-space products of a tile before its base: of a single run as the first segments of the same sum, whose number
+// is returned; of more, or under dropout, summed into c, since a row must not meet an expert it does not use.
+template <class E>
+int ranks(const Expand<E>* jobs, int members, const Tile& t, const uint32_t* lora, int all, int v, int n, int64_t from,
+          float* c, Segment* segments) {
+  const Expand<E>& job = *jobs;
+  const Run* runs = job.routes.runs + t.run;
+  if (t.runs == 1 && !job.mask.on) return run_segments(jobs, members, *runs, lora, all, v, n, segments);
+  for (const Run* run = runs; run < runs + t.runs; ++run) {
+    const int count = run_segments(jobs, members, *run, lora, all, v, n, segments);
+    tile<E>(segments, count, run->rows, n, c + (run->row - t.row) * kWide, kWide, false);
   }
-  return t.slots;
+  const int64_t width = std::min<int64_t>(kWide, job.columns - from);
+  for (int r = 0; job.mask.on && r < t.rows; ++r)
+    drop(job.mask, (t.row + r) * job.columns + from, width, c + r * kWide, c + r * kWide);
+  return 0;
 }
 
 template <class E>
@@ -329,45 +375,57 @@ void finish_tile(const Expand<E>& job, const Tile& t, int64_t first, const float
            job.out + (t.row + r) * job.out_stride + first);
 }
 
-// Columns first .. first + kColumns of the rows of tiles begin .. end.
+// What member m adds to the sums of at most kChunk tiles; the first one adds all members' rank-space products, the last
+// one writes.
 template <class E>
-void expand(const Expand<E>& job, int64_t first, int64_t begin, int64_t end) {
-  const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), rank = words_of<E>(job.R) * kLanes;
+void expand_member(const Expand<E>* jobs, int members, int m, int64_t first, int panels, int64_t begin, int64_t end,
+                   const uint32_t* weights, const uint32_t* lora, Segment* segments, float* sums) {
+  const Expand<E>& job = jobs[m];
   const Blocks blocks(words_of<E>(job.D));
   const int64_t step = blocks.size * kPer<E>;
-  const int panels = (columns + kLanes - 1) / kLanes;
-  auto* weights = (uint32_t*)scratch(kWeights, blocks.words * panels * kLanes * 4);
-  auto* lora = (uint32_t*)scratch(kLora, job.num_experts * panels * rank * 4);
-  auto* sums = (float*)scratch(kSums, kChunk * kTile * kColumns * sizeof(float));
-  auto* segments = (Segment*)scratch(kMany, (job.num_experts + 2) * sizeof(Segment));
-  pack<E>(job.weight, 0, first, columns, job.D, weights);
-  for (int e = 0; e < job.num_experts; ++e) pack<E>(job.lora, e, first, columns, job.R, lora + e * panels * rank);
-  for (; begin < end; begin += kChunk)
-    for (int64_t d = 0; d < job.D; d += step)
-      for (int v = 0; v < panels; v += kVectors) {
-        const int n = std::min(kVectors, panels - v);
-        const int64_t depth = std::min(step, job.D - d), from = first + v * kLanes;
-        const uint32_t* b[kVectors];
-        for (int u = 0; u < n; ++u) b[u] = weights + ((v + u) * blocks.words + d / kPer<E>) * kLanes;
-        for (int64_t i = begin; i < std::min(end, begin + kChunk); ++i) {
-          const Tile& t = job.tiles[i];
-          float* c = sums + ((v / kVectors) * kChunk + i - begin) * kTile * kWide;
-          bool add_to = d > 0;
-          int count = d ? 0 : expand_segments(job, t, lora, panels, v, n, segments);
-          if (count && job.mask.on) {
-            tile<E>(segments, count, t.rows, n, c, kWide, false);
-            const int64_t width = std::min<int64_t>(kWide, job.columns - from);
-            for (int r = 0; r < t.rows; ++r)
-              drop(job.mask, (t.row + r) * job.columns + from, width, c + r * kWide, c + r * kWide);
-            count = 0, add_to = true;
-          }
-          uint32_t odd[kTile];
-          const E* rows = job.rows + t.row * job.stride + d;
-          count += row_segments(rows, job.stride, t.rows, depth, b, n, segments + count, odd);
-          tile<E>(segments, count, t.rows, n, c, kWide, add_to);
-          if (d + step >= job.D) finish_tile(job, t, from, c);
-        }
+  for (int64_t d = 0; d < job.D; d += step)
+    for (int v = 0; v < panels; v += kVectors) {
+      const int n = std::min(kVectors, panels - v);
+      const int64_t depth = std::min(step, job.D - d), from = first + v * kLanes;
+      const uint32_t* b[kVectors];
+      for (int u = 0; u < n; ++u) b[u] = weights + ((v + u) * blocks.words + d / kPer<E>) * kLanes;
+      for (int64_t i = begin; i < end; ++i) {
+        const Tile& t = job.routes.tiles[i];
+        float* c = sums + ((v / kVectors) * kChunk + i - begin) * kTile * kWide;
+        int count = m || d ? 0 : ranks(jobs, members, t, lora, panels, v, n, from, c, segments);
+        const bool add_to = count == 0;
+        uint32_t odd[kTile];
+        const E* rows = job.rows + t.row * job.stride + d;
+        count += row_segments(rows, job.stride, t.rows, depth, b, n, segments + count, odd);
+        tile<E>(segments, count, t.rows, n, c, kWide, add_to);
+        if (m == members - 1 && d + step >= job.D) finish_tile(*jobs, t, from, c);
       }
+    }
+}
+
+// Columns first .. first + kColumns of the rows of tiles begin .. end.
+template <class E>
+void expand(const Expand<E>* jobs, int members, int64_t first, int64_t begin, int64_t end) {
+  const Expand<E>& job = *jobs;
+  const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), rank = words_of<E>(job.R) * kLanes;
+  const int panels = (columns + kLanes - 1) / kLanes, experts = members * job.used;
+  int64_t words = 0;
+  for (int m = 0; m < members; ++m) words += words_of<E>(jobs[m].D);
+  auto* weights = (uint32_t*)scratch(kWeights, words * panels * kLanes * 4);
+  auto* lora = (uint32_t*)scratch(kLora, experts * panels * rank * 4);
+  auto* sums = (float*)scratch(kSums, kChunk * kTile * kColumns * sizeof(float));
+  auto* segments = (Segment*)scratch(kMany, (members * job.routes.K + 2) * sizeof(Segment));
+  for (int m = 0, e = 0; m < members; ++m)
+    for (; e < (m + 1) * job.used; ++e)
+      pack<E>(jobs[m].lora, e - m * job.used, first, columns, job.R, lora + e * panels * rank);
+  uint32_t* next = weights;
+  for (int m = 0; m < members; next += words_of<E>(jobs[m++].D) * panels * kLanes)
+    pack<E>(jobs[m].weight, 0, first, columns, jobs[m].D, next);
+  for (; begin < end; begin += kChunk) {
+    const uint32_t* from = weights;
+    for (int m = 0; m < members; from += words_of<E>(jobs[m++].D) * panels * kLanes)
+      expand_member(jobs, members, m, first, panels, begin, std::min(end, begin + kChunk), from, lora, segments, sums);
+  }
 }
 
 // One block of an expert's rows: sums[R rounded up][panels · 16] (+)= leftᵀ · right, both packed
@@ -408,29 +466,35 @@ void store_sums(const Sum<E>& job, const float* sums, int64_t first, int64_t col
 
 // Columns first .. first + kColumns of every expert's sum.
 template <class E>
-void sum(const Sum<E>& job, int64_t first) {
+void sum(const Sum<E>* jobs, int members, int64_t first) {
+  const Sum<E>& job = *jobs;
   const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), most = kBlock * kPer<E>;
+  const int64_t even = words_of<E>(job.R) * kPer<E>;
   const int panels = (columns + kLanes - 1) / kLanes, groups = (job.R + kLanes - 1) / kLanes;
+  const int64_t size = int64_t(groups) * kLanes * kColumns;  // of a member's sums
   auto* right = (uint32_t*)scratch(kWeights, kBlock * kColumns * 4);
   auto* left = (uint32_t*)scratch(kLeft, groups * kBlock * kLanes * 4);
-  auto* sums = (float*)scratch(kSums, groups * kLanes * kColumns * sizeof(float));
+  auto* sums = (float*)scratch(kSums, members * size * sizeof(float));
   auto* dropped = job.mask.on ? (E*)scratch(kRows, most * kColumns * sizeof(E)) : nullptr;
-  for (int e = 0; e < job.num_experts; ++e) {
-    const int64_t begin = job.starts[e], end = job.starts[e + 1];
-    if (begin == end) std::memset(sums, 0, groups * kLanes * kColumns * sizeof(float));
+  for (int e = 0; e < job.used; ++e) {
+    const int64_t begin = job.routes.starts[e], end = job.routes.starts[e + 1];
+    if (begin == end) std::memset(sums, 0, members * size * sizeof(float));
     for (int64_t at = begin; at < end; at += most) {
       const int64_t depth = std::min(most, end - at);
-      const auto row = [&](int64_t i) { return job.rows + job.row[at + i] * job.stride + first; };
-      pack_down<E, E>([&](int64_t i) { return job.s + job.place[at + i]; }, job.R, depth, left);
+      const auto row = [&](int64_t i) { return job.rows + job.routes.rows[at + i] * job.stride + first; };
       if (dropped) {
         for (int64_t i = 0; i < depth; ++i)
-          drop(job.mask, job.row[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
+          drop(job.mask, job.routes.rows[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
         pack_down<E, E>([&](int64_t i) { return dropped + i * kColumns; }, columns, depth, right);
       } else {
         pack_down<E, E>(row, columns, depth, right);
       }
-      sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums, at > begin);
+      for (int m = 0; m < members; ++m) {
+        pack_down<E, E>([&](int64_t i) { return jobs[m].s + job.routes.slots[at + i] * even; }, job.R, depth, left);
+        sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums + m * size, at > begin);
+      }
     }
-    store_sums(job, sums, first, columns, job.out + int64_t(e) * job.R * job.columns);
+    for (int m = 0; m < members; ++m)
+      store_sums(job, sums + m * size, first, columns, jobs[m].out + int64_t(e) * job.R * job.columns);
   }
 }

@@ -1,7 +1,9 @@
-// Sixteen lanes of 32 bits in one AVX-512 register. NATIVE_BF16 says whether the processor multiplies pairs of bf16.
+// Sixteen lanes of 32 bits in one AVX-512 register; with NATIVE_BF16 products of pairs of bf16 too.
 // Included inside the namespace of one instruction set.
 
-constexpr int kVectors = 4;  // columns of a register tile, in vectors: 6 x 4 accumulators of 32 registers
+constexpr int kVectors = 4;       // columns of a register tile, in vectors: 6 x 4 accumulators of 32 registers
+constexpr int kAccumulators = 24;
+constexpr int kDots = 8;          // rows in dot products at once
 
 using F = __m512;
 using U = __m512i;
@@ -31,32 +33,21 @@ inline U xor_shift(U x) {
   return _mm512_xor_si512(x, _mm512_srli_epi32(x, bits));
 }
 
-inline U words(const bf16* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }  // low halves
-inline U join(U low, U high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
-inline F widen(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(words(p), 16)); }
+inline U as_words(F x) { return _mm512_castps_si512(x); }
+inline F load(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline F load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline F dot(F acc, U x, U y, float) { return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), acc); }
 
 #ifdef NATIVE_BF16
 inline __m256i narrow(F x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-inline F dot(F acc, U x, U y, bf16) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)y); }
-#else
-inline __m256i narrow(F x) {
-  U bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  U rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
-}
-inline F dot(F acc, U x, U y, bf16) {
-  U high = _mm512_set1_epi32(int(0xffff0000));
-  acc = _mm512_fmadd_ps(
-      _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(y, 16)), acc);
-  return _mm512_fmadd_ps(
-      _mm512_castsi512_ps(_mm512_and_si512(x, high)), _mm512_castsi512_ps(_mm512_and_si512(y, high)), acc);
-}
-#endif
-
-inline F dot(F acc, U x, U y, float) { return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), acc); }
-inline U words(F x) { return _mm512_cvtepu16_epi32(narrow(x)); }
 inline void store(bf16* p, F x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
+inline U words(const bf16* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }  // low halves
+inline U words(F x) { return _mm512_cvtepu16_epi32(narrow(x)); }
+inline U join(U low, U high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
+inline F dot(F acc, U x, U y, bf16) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)y); }
+#endif
 
 // x[i] lane j <-> x[j] lane i
 inline void transpose(U* x) {

@@ -51,12 +51,21 @@ def backends() -> dict[str, str | None]:
     return {name: module.unavailable() for name, module in _BACKENDS.items()}
 
 
-def explain(x: Tensor, weight: Tensor, lora_a: Tensor, routing: Routing, backend: str = "auto") -> Explanation:
-    """Which backend and kernel `linear` would run for this call, and why.
+def explain(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    lora_a: Tensor | Sequence[Tensor],
+    routing: Routing,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend and kernel `linear` would run for this call, and why; of lists, `linear_group`.
 
     Raises:
         ValueError: no such backend, or it cannot run this call (says why).
     """
+    if not isinstance(weight, Tensor):
+        return _explain_group(x, weight, list(lora_a), routing, backend)
+    assert isinstance(lora_a, Tensor)
     plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None)
     module = choose(backend, x, weight, lora_a, plan)
     names = list(_BACKENDS)
@@ -71,6 +80,20 @@ def explain(x: Tensor, weight: Tensor, lora_a: Tensor, routing: Routing, backend
         reasons = ["the first that can run", *(f"not {key}: {_reason(key, x, weight, lora_a, plan)}" for key in before)]
     kernel, why = module.kernel(x, weight, lora_a, plan)
     return Explanation(found, kernel, "; ".join([*reasons, why]))
+
+
+def _explain_group(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], routing: Routing, backend: str
+) -> Explanation:
+    plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None)
+    module = choose_group(backend, x, weights, lora_as, plan)
+    found, kernel, why = vars(explain(x, weights[0], lora_as[0], routing, backend)).values()
+    if module is None:
+        reason = _reason_group(found, x, weights, lora_as, plan) or "timed here, that is faster"
+        return Explanation(found, "one by one", f"{reason}; the first: {kernel}, {why}")
+    found = list(_BACKENDS)[list(_BACKENDS.values()).index(module)]
+    kernel, why = module.kernel(x, weights[0], lora_as[0], plan)
+    return Explanation(found, f"{len(weights)} together, {kernel}", why)
 
 
 def choose(

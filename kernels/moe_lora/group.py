@@ -123,11 +123,11 @@ def _backward(
 
 
 def _sum(grads: Sequence[Tensor | None]) -> Tensor | None:
-    first, *rest = grads
-    if first is not None:
-        for grad in rest:
-            first += grad
-    return first
+    total = grads[0]
+    for grad in grads[1:]:
+        if total is not None and grad is not None:
+            total += grad
+    return total
 
 
 def _fake_forward(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed, backend):

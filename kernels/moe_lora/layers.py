@@ -138,9 +138,16 @@ class Siblings:
             return None
         modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training, x._version)
         if not self.waiting and all(_alike(layer, other) for other in self.layers):
-            dropout = layer.config.dropout if layer.training else 0.0
-            lists = zip(*((each.weight, each.bias, each.lora_a, each.lora_b) for each in self.layers), strict=True)
-            ys = linear_group(x, *lists, routing, layer.scale, dropout)
+            ys = linear_group(
+                x,
+                [each.weight for each in self.layers],
+                [each.bias for each in self.layers],
+                [each.lora_a for each in self.layers],
+                [each.lora_b for each in self.layers],
+                routing,
+                layer.scale,
+                layer.config.dropout if layer.training else 0.0,
+            )
             self.waiting, self.call = dict(zip(self.layers, ys, strict=True)), (x, routing, modes)
         if layer not in self.waiting or self.call[0] is not x or self.call[1:] != (routing, modes):
             return None

@@ -66,6 +66,8 @@ def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor
     """Why these linears of one x cannot run together."""
     if not 1 < len(weights) <= _MAX_GROUP:
         return f"a group has 2 to {_MAX_GROUP} members here, got {len(weights)}"
+    if x.dtype == torch.float32:
+        return "float32 leaves no registers for the sums of more than one"
     if len({lora_a.shape for lora_a in lora_as}) > 1:
         return f"lora_a must have one shape, got {', '.join(str(tuple(lora_a.shape)) for lora_a in lora_as)}"
     if not all(tensor.is_contiguous() for tensor in (*weights, *lora_as)):
@@ -136,7 +138,9 @@ def backward_group(
             pairs = zip(drows, lora_bs, strict=True)
             dss = [call.shrink(dy, [lora_b.transpose(1, 2)], dropout=False)[0] for dy, lora_b in pairs]
             if need_dgates:
-                dgates = sum(call.gate_grad(ds, h) for ds, h in zip(dss, hs, strict=True))
+                dgates, *others = [call.gate_grad(ds, h) for ds, h in zip(dss, hs, strict=True)]
+                for other in others:
+                    dgates += other
             if need_dx:
                 dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
                 call.expand(drows, weights, None, [a.transpose(1, 2) for a in lora_as], dss, dx, dropout=True)
@@ -279,7 +283,7 @@ class _Call:
     def _block_t(self) -> int:
         return min(128, max(16, _power_of_2(self.T)))
 
-    def expand_tile(self, F: int, D: int) -> _Tile:
+    def expand_tile(self, F: int, D: int, members: int = 1) -> _Tile:
         """Of the kernel that writes F columns from sums over D."""
         block_t, half = self._block_t(), self.dtype != torch.float32
         if block_t <= 32:
@@ -287,7 +291,8 @@ class _Call:
         if not half:
             return self._staged(_Tile(min(block_t, 64), 64, 16, 4 if self.device.backend == "cuda" else 8, 2))
         if not self._hopper():
-            return self._staged(_Tile(block_t, 128, 64, 8, 3))
+            narrow = members > 1 and self.device.backend == "hip"  # the wide one would spill on gfx1100
+            return self._staged(_Tile(block_t, 64 if narrow else 128, 64, 8, 3))
         wide = block_t == 128 and 128 * 256 * self.device.processors <= self.T * F and self.device.shared > 1 << 17
         return self._staged(_Tile(block_t, 256 if wide else 128, 64, 8, 4))
 
@@ -311,7 +316,7 @@ class _Call:
             x.stride(0), lora.stride(0), lora.stride(2), lora.stride(1),
             C=grid.C, INSTANCE=self.instance, EVEN_D=D % grid.BLOCK_D == 0, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=8 if grid.C > 64 and grid.BLOCK_T == 64 else 4,
+            num_warps=8 if grid.BLOCK_T == 64 and (grid.C > 64 or len(loras) > 1) else 4,
             num_stages=self._stages(self._shrink_stages(grid, loras)),
         )  # fmt: skip
         return hs if grid.splits == 1 else [self._summed(out, h) for out, h in zip(outs, hs, strict=True)]
@@ -327,10 +332,10 @@ class _Call:
     def shrink_grid(self, D: int, members: int = 1) -> _Grid:
         slots = self.K if self.instance else self.E
         columns = min(self.columns, _power_of_2(slots) * self.rank)
-        wide = self._hopper() and columns <= 64 and members == 1
-        narrow = columns > 64 and members > 1
+        wide = self._hopper() and columns <= 64
         block_t, block_d = min(self._half_or(64, 32), self._block_t()), self._half_or(128 if wide else 64, 16)
-        block_d = 32 if narrow and block_d == 64 else block_d
+        if members > 1:  # more loads and sums at a time
+            block_d = self._half_or(64 if wide else 32, 16)
         tiles, groups = self.tiles(block_t), _cdiv(slots * self.rank, columns)
         splits = max(1, min(self.device.processors // (tiles * groups), D // (4 * block_d)))
         return _Grid(tiles, groups, splits, columns, block_t, block_d)
@@ -350,16 +355,17 @@ class _Call:
         Ds, F = [weight.shape[0] for weight in weights], weights[0].shape[1]
         if not y.numel():
             return
-        tile, lora = self.expand_tile(F, sum(Ds)), loras[0]
+        tile, lora = self.expand_tile(F, sum(Ds), len(xs)), loras[0]
         tiles, groups = self.tiles(tile.BLOCK_T), _cdiv((self.K if self.instance else self.E) * self.rank, self.step)
         _kernels().expand_kernel[(tiles * _cdiv(F, tile.BLOCK_F),)](
             *_three(xs), *_three(weights), bias if bias is not None else xs[0], *_three(loras), *_three(hs), y,
             self.experts, self.gates, self.offsets, *self._seed(dropout), self.scale,
             self.T, self.N, self.L, self.N.bit_length(), *_three(Ds), F, self.E, tiles, groups,
             *_three([x.stride(0) for x in xs]), *weights[0].stride(), *lora.stride(),
-            C=self.step, INSTANCE=self.instance, BIAS=bias is not None,
+            MEMBERS=len(xs), C=self.step, INSTANCE=self.instance, BIAS=bias is not None,
             EVEN_D=all(D % tile.BLOCK_D == 0 for D in Ds), PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, F), BAND=8, **vars(tile),
+            **(self._registers() if len(xs) > 1 and tile.BLOCK_F < 256 else {}),
         )  # fmt: skip
 
     def expert_grads(self, hs: Sequence[Tensor], x: Tensor, loras: Sequence[Tensor], transposed: bool) -> list[Tensor]:
@@ -379,7 +385,7 @@ class _Call:
             C=grid.C, INSTANCE=self.instance, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(transposed, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
             num_warps=4 if few_warps and members == 1 else 8,
-            num_stages=self._stages(4 if self._hopper() else 3), **self._registers(),
+            num_stages=self._stages(2 if members > 1 else 4 if self._hopper() else 3), **self._registers(),
         )  # fmt: skip
         return grads if grid.splits == 1 else [self._summed(out, grad) for out, grad in zip(outs, grads, strict=True)]
 

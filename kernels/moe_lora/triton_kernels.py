@@ -75,7 +75,7 @@ def expand_kernel(
     h_ptr, h1_ptr, h2_ptr, y_ptr, experts_ptr, gates_ptr, offsets_ptr, seed, threshold, scale,
     T, N, L, steps, D, D1, D2, F, E, tiles, groups,
     stride_xt, stride_x1t, stride_x2t, stride_wd, stride_wf, stride_le, stride_lr, stride_lf,
-    K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
+    MEMBERS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
     INSTANCE: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, PAIRED: tl.constexpr, WIDE: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BAND: tl.constexpr,
@@ -83,45 +83,47 @@ def expand_kernel(
     """y[t, f] = bias[f] + drop(Σ_k s g_k h[t, k] lora[e_k, :, f]) + Σ_d x[t, d] weight[d, f].
 
     The low-rank part is the first step of the sum over d, in the same accumulator. Forward: no dropout here. Also
-    dx from dy, where f is a column of x, d one of dy, lora is A transposed and h is ds. x1 and x2, if not None, are
-    other members' dy, with their weight, lora and h: one sum over all.
+    dx from dy, where f is a column of x, d one of dy, lora is A transposed and h is ds. x1 and x2 are other
+    MEMBERS' dy, with their weight, lora and h: one sum over all.
     """
     pid_t, pid_f = _banded(tl.program_id(0), tiles, tl.cdiv(F, BLOCK_F), BAND)
     rows, mask_t, i = _rows(pid_t, offsets_ptr, T, N, L, steps, INSTANCE, PACKED, BLOCK_T)
     offs_f = pid_f * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_f = offs_f < F
+    dtype = x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
-    for group in tl.range(0, groups, num_stages=1):
-        if INSTANCE or _any_use(experts_ptr, i, mask_t, group, K, C // RANK, BLOCK_T):
-            slot, e, r, mask_c = _columns(group, experts_ptr, i, E, K, R, RANK, C, INSTANCE)
-            lora_at = e.to(tl.int64)[:, None] * stride_le + r[:, None] * stride_lr
-            lora_at += offs_f.to(tl.int64)[None, :] * stride_lf
-            mask = mask_c[:, None] & mask_f[None, :]
-            s = _folded(h_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, INSTANCE)
-            acc = _dot_lora(s, lora_ptr + lora_at, mask, acc, x_ptr.dtype.element_ty, PRECISION)
-            if x1_ptr is not None:
-                s = _folded(h1_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, INSTANCE)
-                acc = _dot_lora(s, lora1_ptr + lora_at, mask, acc, x_ptr.dtype.element_ty, PRECISION)
-            if x2_ptr is not None:
-                s = _folded(h2_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, INSTANCE)
-                acc = _dot_lora(s, lora2_ptr + lora_at, mask, acc, x_ptr.dtype.element_ty, PRECISION)
+    for member in tl.static_range(MEMBERS):
+        for group in tl.range(0, groups, num_stages=1):
+            if INSTANCE or _any_use(experts_ptr, i, mask_t, group, K, C // RANK, BLOCK_T):
+                slot, e, r, mask_c = _columns(group, experts_ptr, i, E, K, R, RANK, C, INSTANCE)
+                h = _of(member, h_ptr, h1_ptr, h2_ptr)
+                s = _folded(h, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, INSTANCE)
+                lora_ptrs = _of(member, lora_ptr, lora1_ptr, lora2_ptr)
+                lora_ptrs += e.to(tl.int64)[:, None] * stride_le + r[:, None] * stride_lr
+                lora_ptrs += offs_f.to(tl.int64)[None, :] * stride_lf
+                lora = tl.load(lora_ptrs, mask=mask_c[:, None] & mask_f[None, :], other=0.0)
+                acc = tl.dot(s.to(dtype), lora.to(dtype), acc, input_precision=PRECISION)
     if DROPOUT:
         kept = _kept(seed, threshold, rows, pid_f * BLOCK_F, F, BLOCK_T, BLOCK_F, PAIRED, WIDE)
         acc = tl.where(kept, acc, 0.0)
-    weight_at = offs_f.to(tl.int64)[None, :] * stride_wf
-    acc = _dot_base(
-        x_ptr, weight_ptr + weight_at, rows, mask_t, mask_f, acc, D, stride_xt, stride_wd, EVEN_D, PRECISION, BLOCK_D
-    )
-    if x1_ptr is not None:
-        acc = _dot_base(
-            x1_ptr, weight1_ptr + weight_at, rows, mask_t, mask_f, acc, D1, stride_x1t, stride_wd,
-            EVEN_D, PRECISION, BLOCK_D,
-        )  # fmt: skip
-    if x2_ptr is not None:
-        acc = _dot_base(
-            x2_ptr, weight2_ptr + weight_at, rows, mask_t, mask_f, acc, D2, stride_x2t, stride_wd,
-            EVEN_D, PRECISION, BLOCK_D,
-        )  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    for member in tl.static_range(MEMBERS):
+        x_ptrs = _of(member, x_ptr, x1_ptr, x2_ptr) + offs_d[None, :]
+        x_ptrs += rows.to(tl.int64)[:, None] * _of(member, stride_xt, stride_x1t, stride_x2t)
+        weight_ptrs = _of(member, weight_ptr, weight1_ptr, weight2_ptr)
+        weight_ptrs += offs_d.to(tl.int64)[:, None] * stride_wd + offs_f.to(tl.int64)[None, :] * stride_wf
+        depth = _of(member, D, D1, D2)
+        for start in range(0, depth, BLOCK_D):
+            mask_d = start + offs_d < depth
+            if EVEN_D:
+                x = tl.load(x_ptrs, mask=mask_t[:, None], other=0.0)
+                weight = tl.load(weight_ptrs, mask=mask_f[None, :], other=0.0)
+            else:
+                x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
+                weight = tl.load(weight_ptrs, mask=mask_d[:, None] & mask_f[None, :], other=0.0)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            x_ptrs += BLOCK_D
+            weight_ptrs += BLOCK_D * stride_wd
     if BIAS:
         acc += tl.load(bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * F + offs_f[None, :]
@@ -220,6 +222,17 @@ def sum_kernel(parts_ptr, out_ptr, count, splits, BLOCK: tl.constexpr):
         acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
         parts_ptr += count
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _of(member: tl.constexpr, first, second, third):
+    """What belongs to this member of three."""
+    if member == 0:
+        return first
+    elif member == 1:
+        return second
+    else:
+        return third
 
 
 @triton.jit
@@ -342,35 +355,6 @@ def _store_ranks(
         for k in tl.static_range(K):
             pick = tl.load(experts_ptr + i * K + k, mask=mask_t, other=-1)
             tl.store(h_ptr + at + (k * R + r)[None, :], acc, mask=(pick[:, None] == e[None, :]) & mask_c[None, :])
-
-
-@triton.jit
-def _dot_lora(s, lora_ptrs, mask, acc, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    lora = tl.load(lora_ptrs, mask=mask, other=0.0)
-    return tl.dot(s.to(dtype), lora.to(dtype), acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _dot_base(
-    x_ptr, weight_ptrs, rows, mask_t, mask_f, acc, D, stride_xt, stride_wd,
-    EVEN_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """acc + Σ_d x[t, d] weight[d, f]; weight_ptrs [1, F] are those of d = 0."""
-    offs_d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xt + offs_d[None, :]
-    weight_ptrs = weight_ptrs + offs_d.to(tl.int64)[:, None] * stride_wd
-    for start in range(0, D, BLOCK_D):
-        mask_d = start + offs_d < D
-        if EVEN_D:
-            x = tl.load(x_ptrs, mask=mask_t[:, None], other=0.0)
-            weight = tl.load(weight_ptrs, mask=mask_f[None, :], other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=mask_d[:, None] & mask_f[None, :], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_D
-        weight_ptrs += BLOCK_D * stride_wd
-    return acc
 
 
 @triton.jit

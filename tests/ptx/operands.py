@@ -180,6 +180,14 @@ def address(program: Program, text: str) -> Read:
     return lambda s: np.broadcast_to(base(s).astype(np.int64) + extra, s.n)
 
 
+def shared_address(ins: Instruction, program: Program, text: str) -> Read:
+    """An address in shared memory; a generic one if the instruction does not name the space."""
+    where = address(program, text)
+    if any(mod.startswith("shared") for mod in ins.mods):
+        return where
+    return lambda s: where(s) - SHARED_WINDOW
+
+
 def alu(ins: Instruction, program: Program, dst: str, sources: list[str], function: Callable, first: int = 1):
     """An instruction that maps source operands, lane by lane, to its first operand."""
     write = writer(program, ins.operands[0], dst)
