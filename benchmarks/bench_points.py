@@ -2,8 +2,9 @@
 
     python benchmarks/bench_points.py --preset small --threads 2
 
-Prints seconds (median of the rounds) of every part, for float32 and bfloat16, the share of grouping, and the growth of
-the process's memory for 8 and for 32 objects at once. The encoder's weights are random: they do not matter for time.
+Prints seconds (median of the rounds) of every part, for float32 and bfloat16, the share of grouping, the floor (the
+encoder's floating-point operations at the rate of its largest layer), and the growth of the process's memory for 8 and
+for 32 objects at once. The encoder's weights are random: they do not matter for time.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import time
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from octavius.candidates import Boxes, crop, propose
-from octavius.pointbert import PRESETS, PointBert, encode, group, prepare
+from octavius.pointbert import PRESETS, PointBert, PointBertConfig, encode, group, normalise, prepare
 from octavius.points import PointCloud
 
 
@@ -52,6 +54,14 @@ def median(call, rounds: int) -> float:
     return statistics.median(times)
 
 
+@torch.inference_mode()
+def rate(config: PointBertConfig, dtype: torch.dtype, objects: int = 8) -> float:
+    """Floating-point operations per second of the transformer's largest layer, on the tokens of a few objects."""
+    x = torch.randn(objects * (config.groups + 1), config.width, dtype=dtype)
+    weight = torch.randn(4 * config.width, config.width, dtype=dtype)
+    return 2 * len(x) * weight.numel() / median(lambda: torch.nn.functional.linear(x, weight), 20)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
@@ -71,11 +81,16 @@ def main() -> None:
     print(f"crops     {median(lambda: crop(cloud, boxes.boxes), args.rounds):.3f} s")
     drawn = prepare(objects, config, np.random.default_rng(0))
     with torch.inference_mode():
-        seconds = median(lambda: group(drawn, config.groups, config.group_size), args.rounds)
+        seconds = median(lambda: group(normalise(drawn)[0], config.groups, config.group_size), args.rounds)
+        with FlopCounterMode(display=False) as counter:
+            model(drawn[:1])
+    work = counter.get_total_flops() * len(objects)
     print(f"grouping  {seconds:.3f} s of")
+    print(f"work      {work / 1e9:.1f} GFLOP, {work / len(objects) / 1e9:.2f} an object")
     for dtype in (torch.bfloat16, torch.float32):
         seconds = median(lambda dtype=dtype: encode(model, objects, dtype=dtype), args.rounds)
-        print(f"encoder   {seconds:.3f} s in {str(dtype).removeprefix('torch.')}, crops to features")
+        name = str(dtype).removeprefix("torch.")
+        print(f"encoder   {seconds:.3f} s in {name}, crops to features; floor {work / rate(config, dtype):.3f} s")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for chunk in (8, len(objects)):
         encode(model, objects, batch_size=chunk)

@@ -67,7 +67,10 @@ def main() -> None:
     encoder = load_encoder(args.encoder)
     sides = {side: objects(folder, side) for side in rooms.SIDES}
     read = {side: inputs(encoder, clouds, boxes) for side, (clouds, boxes, _) in sides.items()}
-    colours = {side: np.array([colour_name(cloud.rgb) for cloud in found[0]]) for side, found in sides.items()}
+    colours = {
+        side: np.array([colour_name(cloud.channels(True)[:, 3:]) for cloud in found[0]])
+        for side, found in sides.items()
+    }
     heights = {side: np.log([np.ptp(cloud.xyz[:, 2]) for cloud in found[0]]) for side, found in sides.items()}
     classes = len(set(sides["train"][2]))
     print(f"{args.encoder}, {args.size}: {[len(found[2]) for found in sides.values()]} objects, {classes} classes")

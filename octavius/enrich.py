@@ -24,22 +24,18 @@ PROMPT = (
     "Write the new question only.\nQuestion: {}"
 )
 KEPT = {*COLOURS, "left", "right", "larger", "bigger", "corner", "color", "many", "number", "where"}
+COMPARED = {"larger", "bigger", "size", "space"}
 SAME = (
     {"over", "above", "top"},
     {"beneath", "below", "under", "underneath"},
     {"next", "beside", "close", "near", "neighbour", "adjacent"},
-    {"larger", "bigger", "size", "space"},
+    COMPARED,
     {"many", "number", "count"},
     {"where", "side", "direction", "position", "located", "location"},
     {"color", "colour", "colored", "coloured"},
 )
 FIXED = KEPT.union(*SAME)
-NEUTRAL = {
-    "side",
-    "position",
-    "located",
-    "location",
-}  # beside a plainer word they say nothing: "on the left side"
+NEUTRAL = {"side", "position", "located", "location"}  # add nothing to a plainer word: "on the left side"
 RELATIONS = {"left", "right"}.union(*SAME[:3])
 REVERSED = {"smaller", "smallest", "less", "least", "not", "isn", "doesn", "never"}
 LONGEST = 40  # words of a rephrased question
@@ -119,17 +115,19 @@ def keeps(source: str, question: str, names: Iterable[str]) -> bool:
     """The question is new, is one question of reasonable length, and names what its source does and nothing more.
 
     Words that fix the answer (sides, colours, what is asked for) must stay, or be replaced by a word of their own kind,
-    and none may be added. Names keep their order, and a single name its place before or behind the relation.
+    and none may be added. Names keep their order. A single name stays what the relation is to ("left of the bed", not
+    "left of what is the bed"), and of two names the same one stays what is looked from.
     """
     if not question or question.count("?") != 1 or len(question.split()) > LONGEST:
         return False
     if question.casefold() == source.casefold():
         return False
     forms = [{name, f"{name}s", f"{name}es", {"person": "people"}.get(name, name)} for name in names]
-    places = sorted((_place(source, spelt), _place(question, spelt)) for spelt in forms)
+    places = [(_place(source, spelt), _place(question, spelt)) for spelt in forms]
     if any((old < 0) != (new < 0) for old, new in places):
         return False
-    places = [place for place in places if place[0] >= 0]
+    forms = [spelt for spelt, (old, _) in zip(forms, places, strict=True) if old >= 0]
+    places = sorted(place for place in places if place[0] >= 0)
     order = [new for _, new in places]
     had, has = _words(source), _words(question)
     fixed = had & FIXED
@@ -139,15 +137,29 @@ def keeps(source: str, question: str, names: Iterable[str]) -> bool:
         and all(has & kind for kind in kinds)
         and not has & REVERSED - had
         and not has & FIXED - NEUTRAL.union(had, *kinds)
-        and (len(places) != 1 or _follows(source, places[0][0]) in (None, _follows(question, places[0][1])))
+        and (len(places) != 1 or _related_to(source, places[0][0]) in (None, _related_to(question, places[0][1])))
+        and (len(places) != 2 or bool(had & COMPARED) or _seen_from(source, forms) == _seen_from(question, forms))
     )
 
 
-def _follows(text: str, place: int) -> bool | None:
-    """Whether the name at `place` follows the relation word, which "on" is where there is no other; None without."""
+def _related_to(text: str, place: int) -> bool | None:
+    """Whether the relation, which "on" is where there is no other word, is to the name at `place`; None without one.
+
+    It is not if the name comes first ("what is the bed left of"), or what is asked for stands between.
+    """
     at = [_place(text, RELATIONS & _words(text)), _place(text, {"on"})]
     found = next((start for start in at if start >= 0), None)
-    return None if found is None else found < place
+    return None if found is None else found < place and not _words(text[found:place]) & {"what", "which"}
+
+
+def _seen_from(text: str, forms: list[set[str]]) -> int | None:
+    """The number of the name that stands behind "from" or "to", or, where none does, behind "of"."""
+    for words in ("from|to", "of"):
+        for number, spelt in enumerate(forms):
+            names = "|".join(map(re.escape, spelt))
+            if re.search(rf"\b(?:{words}) (?:the |an? )?(?:{names})\b", text.casefold()):
+                return number
+    return None
 
 
 def _words(text: str) -> set[str]:

@@ -5,6 +5,7 @@ into classes by name; one catalogue, UNSEEN, is kept for the zero-shot sets, and
 """
 
 import io
+import os
 import posixpath
 import re
 import zipfile
@@ -114,12 +115,12 @@ def split(models: list[Furniture]) -> dict[str, list[Furniture]]:
     return sides
 
 
-def load_points(folder: Path, models: list[Furniture], cache: Path, workers: int = 1) -> list[PointCloud]:
-    """POINTS points of every model with colours, in metres; sampled once, about half a minute, and kept in `cache`."""
+def load_points(folder: Path, models: list[Furniture], cache: Path) -> list[PointCloud]:
+    """POINTS points of every model with colours, in metres; sampled once, 45 s of a core, and kept in `cache`."""
     file = cache / f"furniture-{POINTS}-{len(models)}.npz"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(workers) as pool:
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
             clouds = list(pool.map(sample, [folder] * len(models), models, chunksize=16))
         partial = file.with_suffix(".partial.npz")
         xyz = np.stack([cloud.xyz for cloud in clouds]).astype(np.float16)

@@ -137,20 +137,25 @@ def embed_texts(texts: list[str], batch_size: int = 64) -> torch.Tensor:
     """Sentence embeddings of length 1, [n, 384]: the mean over tokens of all-MiniLM-L6-v2."""
     source = assets.need("minilm")
     tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source).eval()
+    once = sorted(set(texts), key=len)  # texts of like length share a batch, and none is read twice
     rows = []
     with torch.inference_mode():
-        for start in range(0, len(texts), batch_size):
-            batch = tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt")
+        for start in range(0, len(once), batch_size):
+            batch = tokenizer(once[start : start + batch_size], padding=True, return_tensors="pt")
             mask = batch["attention_mask"][..., None]
             hidden = model(**batch).last_hidden_state
             rows.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-    return torch.cat(rows).clone()
+    places = {text: place for place, text in enumerate(once)}
+    return torch.cat(rows)[[places[text] for text in texts]].clone()
 
 
 def _teachers(
     folder: Path, models: list[Furniture], clouds: list[PointCloud], config: PretrainConfig, cache: Path
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features of the classes [classes, 384], texts [models, 4, 384] and pictures [models, 3, C], kept in `cache`."""
+    """Features of the classes [classes, 384], texts [models, 4, 384] and pictures [models, 3, C], kept in `cache`.
+
+    Models that are held out are not rendered: of them the icon alone is compared with.
+    """
     file = cache / f"teachers-{config.tower}-{len(models)}-{RECIPE}.pt"
     if not file.exists():
         prompts = [prompt.format(label) for label in CLASSES for prompt in PROMPTS]
@@ -158,10 +163,14 @@ def _teachers(
         said = [text for model, cloud in zip(models, clouds, strict=True) for text in descriptions(model, cloud)]
         texts = embed_texts(said).view(len(models), -1, names.shape[-1])
         tower, images = load_tower(config.tower), []
-        with torch.inference_mode():
+        known = {model.id for model in furniture.split(models)["train"]}
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for model, cloud in track(list(zip(models, clouds, strict=True)), "pictures"):
-                views = [furniture.icon(folder, model), *(render(cloud, tower.size, *view) for view in VIEWS)]
-                images.append(tower(torch.stack([tower.pixels(view) for view in views])).mean(1))
+                views = [furniture.icon(folder, model)]
+                if model.id in known:
+                    views += [render(cloud, tower.size, *view) for view in VIEWS]
+                seen = tower(torch.stack([tower.pixels(view) for view in views])).float().mean(1)
+                images.append(seen.expand(1 + len(VIEWS), -1) if len(seen) == 1 else seen)
         partial = file.with_suffix(".partial")
         torch.save([nn.functional.normalize(names, dim=-1), texts, torch.stack(images)], partial)
         partial.rename(file)
@@ -204,7 +213,7 @@ def _fit(
                     average.lerp_(value, max(FOLLOW, 1 / (step + 1)))
         losses.append(loss.item())
     both.load_state_dict(mean.state_dict())
-    return [float(np.mean(part)) for part in np.array_split(losses, 10)]
+    return [float(np.mean(part)) for part in np.array_split(losses, min(10, config.steps))]
 
 
 def _loss(

@@ -66,7 +66,7 @@ CASES = (
     Case(8, 64, 576, 576, torch.float32, 0.1),
     Case(8, 1024, 4096, 4096, torch.bfloat16, 0.1, others=(4096, 4096)),
     Case(16, 110, 576, 576, torch.float16, packed=True, others=(192, 192)),
-    Case(8, 64, 576, 1536, torch.float32, 0.1, others=(1536,)),
+    Case(8, 64, 576, 1536, torch.bfloat16, 0.1, others=(1536,)),
 )
 
 

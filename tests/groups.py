@@ -30,13 +30,15 @@ class Group(NamedTuple):
         return found
 
 
-def make(case: Case, widths: tuple[int, ...], dtype: torch.dtype, master: torch.dtype | None = None) -> Group:
+def make(
+    case: Case, widths: tuple[int, ...], dtype: torch.dtype, master: torch.dtype | None = None, device: str = "cpu"
+) -> Group:
     """The first member is the case; `widths` are the F of the others, every second of which has no bias."""
-    first = check.make(case, dtype, master)
+    first = check.make(case, dtype, master, device)
     x, weight, bias, lora_a, lora_b, routing, dy, seed = first
     members = [(weight, bias, lora_a, lora_b, dy)]
     for number, F in enumerate(widths):
-        other = check.make(case._replace(F=F, bias=number % 2 == 1), dtype, master)
+        other = check.make(case._replace(F=F, bias=number % 2 == 1), dtype, master, device)
         # other numbers than the first member's, which come from the same seed
         lora_a = other.lora_a.detach().flip(0, 1).contiguous().requires_grad_()
         members.append((other.weight.flip(1).contiguous(), other.bias, lora_a, other.lora_b, other.dy))

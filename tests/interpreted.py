@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from moe_lora import triton_backend
 from moe_lora.check import Case, make
 
+from tests import groups
 from tests.test_linear import CASES
 from tests.tolerance import assert_right
 
@@ -24,6 +25,14 @@ FORM = triton_backend._Call._form
 def test_interpreted_matches_oracle(case, dtype, form, monkeypatch, nan_empty):
     monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: (form, "asked for"))
     assert_right(case, make(case, dtype), "triton")
+
+
+@pytest.mark.parametrize("form", ["instance", "masked"])
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+def test_interpreted_groups_match_oracle(number, form, monkeypatch, nan_empty):
+    monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: (form, "asked for"))
+    case, widths = CASES[number], ((8, 30), (17,))[number % 2]
+    groups.assert_group_right(case, groups.make(case, widths, torch.float16), "triton")
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moe_lora import cpu
 from moe_lora.check import Case, make
 
+from tests import groups
 from tests.tolerance import assert_right
 
 needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -40,6 +41,13 @@ CASES = (
     Case((3, 0, 60, 1), 40, 90, 4, 2, 5, packed=True),
     Case((0, 20, 0), 13, 9, 4, 2, 3, dropout=0.3, packed=True),
 )
+GROUPS = (
+    (Case((91, 91), 70, 130, 4, 2, 32), (65, 300)),
+    (Case((91, 91), 71, 130, 4, 2, 17, dropout=0.3), (33,)),
+    (Case((1,) * 14, 1100, 17, 4, 2, 40), (120, 5)),
+    (Case((1,) * 40, 33, 20, 32, 8, 1, dropout=0.1), (20, 20, 7)),
+    (Case((3, 0, 60, 1), 40, 90, 4, 2, 5, packed=True), (90,)),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,6 +73,42 @@ def instructions(request):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_and_gradients_match_oracle(case, dtype, instructions, nan_empty):
     assert_right(case, make(case, dtype), "cpu")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case, widths", GROUPS, ids=str)
+def test_cpu_groups_match_oracle(case, widths, dtype, instructions, nan_empty):
+    groups.assert_group_right(case, groups.make(case, widths, dtype), "cpu")
+
+
+@needs_native
+@pytest.mark.parametrize("case, widths", GROUPS, ids=str)
+def test_cpu_members_of_a_group_get_the_bits_that_each_gets_alone(case, widths):
+    group, found = groups.make(case, widths, torch.bfloat16), []
+    want, before = groups.apart(case, group, "cpu"), torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(groups.outputs(case, group, "cpu"))
+    torch.set_num_threads(before)
+    for name, got in found[0].items():
+        assert torch.equal(got, found[1][name]), name
+        if name not in ("dx", "dgates"):  # sums over the members, rounded once instead of each time
+            assert torch.equal(got, want[name]), name
+
+
+@needs_native
+def test_cpu_group_without_rows_and_with_a_transposed_weight():
+    case, widths = GROUPS[2]
+    group = groups.make(case, widths, torch.bfloat16)
+    group.weights[1] = group.weights[1].t().contiguous().t()
+    groups.assert_group_right(case, group, "cpu")
+    routing = moe_lora.Routing(group.routing.experts[:0], group.routing.gates[:0])
+    x = torch.zeros(0, 3, 1100, dtype=torch.bfloat16, requires_grad=True)
+    ys = moe_lora.linear_group(x, *group[1:5], routing, backend="cpu")
+    assert [y.shape for y in ys] == [(0, 3, 17), (0, 3, 120), (0, 3, 5)]
+    sum(y.sum() for y in ys).backward()
+    assert all((tensor.grad == 0).all() for tensor in (*group.lora_as, *group.lora_bs))
 
 
 @needs_native

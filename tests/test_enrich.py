@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from octavius.enrich import clean, enrich, keeps, local, server
-from octavius.scan2inst import Builder
+from octavius.scan2inst import QUESTIONS as QUESTIONS_OF
+from octavius.scan2inst import SUPPORT, Builder
 from tests.test_scan2inst import NAMES, SCENE
 
 SOURCE = "What is to the left of the table?"
@@ -54,10 +55,31 @@ def test_check(question, kept):
         ("What can be found on the left side of the bed?", "What is left of the bed?", True),
         ("What is next to the sofa?", "What is next to the sofa in the corner on the left?", False),
         ("What is next to the sofa?", "What stands close to the sofa?", True),
+        ("On top of what is the lamp?", "What is on top of the lamp?", False),
+        ("On top of what is the lamp?", "What is over the lamp?", False),
+        ("On top of what is the lamp?", "On top of which thing is the lamp standing?", True),
+        ("What does the lamp stand on?", "On what does the lamp stand?", True),
+        ("What is to the left of the bed?", "To the left of what is the bed?", False),
+        ("What is to the left of the bed?", "Left of the bed, what is there?", True),
+        ("Where is the chair, seen from the bed?", "In which direction from the chair is the bed?", False),
+        ("Which side of the bed is the chair positioned on?", "Where is the bed, seen from the chair?", False),
+        ("Which side of the bed is the chair positioned on?", "On which side of the bed is the chair?", True),
+        ("What is the position of the chair relative to the bed?", "Where is the chair relative to the bed?", True),
     ],
 )
 def test_what_is_asked_for_stays(source, question, kept):
     assert keeps(source, question, NAMES) is kept
+
+
+def test_phrasings_of_the_builder_are_kept_for_their_own_kind_alone():
+    kept, phrasings = 0, {kind: (*texts, *SUPPORT.get(kind, ())) for kind, texts in QUESTIONS_OF.items()}
+    for kind, source in ((kind, text) for kind, texts in phrasings.items() for text in texts):
+        for other, question in ((other, text) for other, texts in phrasings.items() for text in texts):
+            same = keeps(source.format("bed", "chair"), question.format("bed", "chair"), NAMES)
+            assert kind == other or not same, (source, question)
+            assert kind != "side" or not keeps(source.format("bed", "chair"), question.format("chair", "bed"), NAMES)
+            kept += same
+    assert kept > 100
 
 
 def test_clean_takes_the_question_out_of_the_talk():

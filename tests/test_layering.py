@@ -13,7 +13,14 @@ ROOTS = {"moe_lora": ROOT / "kernels", "octavius": ROOT}
 LAYERS = (  # lowest first; modules of one layer do not import each other
     ("moe_lora.dropout", "moe_lora.routing"),
     ("moe_lora.triton_kernels",),
-    ("moe_lora.gate", "moe_lora.reference", "moe_lora.cpu", "moe_lora.triton_backend", "moe_lora.measure"),
+    (
+        "moe_lora.gate",
+        "moe_lora.reference",
+        "moe_lora.cpu",
+        "moe_lora.cuda",
+        "moe_lora.triton_backend",
+        "moe_lora.measure",
+    ),
     ("moe_lora.dispatch",),
     ("moe_lora.ops",),
     ("moe_lora.group",),

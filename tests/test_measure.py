@@ -109,10 +109,28 @@ def test_may_time(monkeypatch):
     assert measure.may_time(device)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert not measure.may_time(device)
+    assert not measure.may_time(device) and not measure.applies(device)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not measure.may_time(device)
+
+
+def test_ranks_choose_alike_whatever_their_files_say(log, monkeypatch):
+    moe_lora.linear(*arguments())
+    assert log[-1] == "quick"
+    monkeypatch.setattr(measure, "applies", lambda device: False)  # as on a GPU among others
+    moe_lora.linear(*arguments())
+    assert log[-1] == "slow"  # the first in order
+
+
+def test_forward_alone_is_not_asked_for_a_backward(log, monkeypatch):
+    del dispatch._BACKENDS["quick"].backward
+    inputs = arguments()
+    inputs[3].requires_grad_()
+    moe_lora.linear(*inputs).sum().backward()
+    assert "quick" in log and log[-1] == "reference back"
+    with pytest.raises(ValueError, match="backend quick has no backward"):
+        moe_lora.linear(*inputs, backend="quick").sum().backward()
 
 
 def test_explain_tells_the_times(log):
@@ -134,3 +152,26 @@ def test_self_check_prints_times(log, capsys):
     header, line = capsys.readouterr().out.strip().splitlines()
     assert header.split()[-4:] == ["slow", "quick", "reference", "auto"]
     assert line.startswith("2x3, 8 -> 8") and line.count("x)") == 4
+
+
+@pytest.mark.parametrize("takes, together", [(0.5, True), (9.0, False)], ids=["together", "apart"])
+def test_group_runs_together_where_that_is_faster(takes, together, log, monkeypatch):
+    def forward_group(x, weights, biases, lora_as, lora_bs, plan):
+        members = zip(weights, biases, lora_as, lora_bs, strict=True)
+        ys, hs = zip(*(reference.forward(x, *member, plan) for member in members), strict=True)
+        log.append("group")
+        return list(ys), list(hs)
+
+    slow = dispatch._BACKENDS["slow"]
+    slow.forward_group, slow.refuses_group = forward_group, lambda *_: None
+    monkeypatch.setitem(TIMES, "group", takes)
+    x, weight, bias, lora_a, lora_b, routing = arguments()
+    lists = ([weight] * 2, [bias] * 2, [lora_a] * 2, [lora_b] * 2)
+    moe_lora.linear_group(x, *lists, routing)
+    assert log.count("group") >= measure._WARM_UP + measure._ROUNDS
+    del log[:]
+    first, second = moe_lora.linear_group(x, *lists, routing)
+    assert log == (["group"] if together else ["quick", "quick"])
+    assert torch.equal(first, second)
+    found = moe_lora.explain(x, lists[0], lists[2], routing)
+    assert (found.backend, found.kernel) == (("slow", "2 together, slow") if together else ("quick", "one by one"))

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from ptx import launch_ptx
+from ptx import Unknown, launch_ptx
 
 EDGES = [0, 1, 2, 0x7F, 0x80, 0x7FFF, 0x8000, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF, 0x3F800000, 0xBF800000]
 FLOATS = [0x00000001, 0x007FFFFF, 0x00800000, 0x33800000, 0x4B7FFFFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000]
@@ -87,6 +87,25 @@ def test_fma_is_rounded_once(mode):
         want = nearest(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)), "f32", mode)
         if mode == "rn" or np.isfinite(want):
             assert float(g) == want, (x, y, z)
+
+
+@pytest.mark.parametrize("type", ["bf16", "f16"])
+def test_narrow_operands_of_float32_are_rounded_once(type):
+    a, b, c = words(1, []) & 0x3FFF, words(2, []) & 0x3FFF, near_floats(3)
+    narrow = [(v << 16).view("f4") if type == "bf16" else v.astype("u2").view("f2") for v in (a, b)]
+    halves = "cvt.u16.u32 %h0, %a; cvt.u16.u32 %h1, %b; "
+    got = run(f"{halves}fma.rn.f32.{type} %d, %h0, %h1, %c;", 256, a, b, c).view("f4")
+    less = run(f"{halves}sub.f32.{type} %d, %h0, %c;", 256, a, b, c).view("f4")
+    for g, d, x, y, z in zip(got, less, *narrow, c.view("f4"), strict=True):
+        if np.isfinite(z):
+            x, y, z = (Fraction(float(v)) for v in (x, y, z))
+            assert (float(g), float(d)) == (nearest(x * y + z, "f32"), nearest(x - z, "f32"))
+
+
+@pytest.mark.parametrize("text", ["mul.f32.bf16 %d, %a, %b;", "max.xorsign.abs.f32 %d, %a, %b;"])
+def test_unknown_types_and_modifiers_are_refused(text):
+    with pytest.raises(Unknown, match=r"line \d+"):
+        run(text, 32, words(1, count=32, extra=[]), words(2, count=32, extra=[]))
 
 
 CONVERSIONS = {

@@ -65,10 +65,28 @@ WAIT:
 }
 """
 )
+BY_LANES = (
+    HEAD.replace("PARAMS", ".param .u64 x, .param .u64 out").replace("COUNT", "64")
+    + """
+  ld.param.u64 %rd1, [x];
+  mul.wide.u32 %rd4, %r1, 4;  add.s64 %rd1, %rd1, %rd4;  add.s64 %rd2, %rd2, %rd4;
+  shl.b32 %r4, %r1, 2;  add.s32 %r5, %r4, %r2;
+  cp.async.ca.shared.global [%r5], [%rd1], 4;
+  cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r3];
+WAIT:
+  mbarrier.test_wait.parity.shared::cta.b64 %p2, [%r3], 0;
+  @!%p2 bra WAIT;
+  xor.b32 %r6, %r4, 128;  add.s32 %r6, %r6, %r2;
+  ld.shared.b32 %r7, [%r6];
+  st.global.b32 [%rd2], %r7;
+  ret;
+}
+"""
+)
 SEEDS = (None, *range(20))
 
 
-def plain(text: str = PLAIN, seed: int | None = None) -> np.ndarray:
+def run(text: str = PLAIN, seed: int | None = None) -> np.ndarray:
     out = np.zeros(64, "u4")
     launch_ptx(text, "k", (1,), (64,), np.arange(64, dtype="u4"), out, seed=seed)
     return out
@@ -76,7 +94,8 @@ def plain(text: str = PLAIN, seed: int | None = None) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])
 def test_plain_copy_in_and_out(seed):
-    assert (plain(seed=seed) == np.arange(64) + 1).all()
+    assert (run(PLAIN, seed) == np.arange(64) + 1).all()
+    assert (run(BY_LANES, seed) == np.arange(64) ^ 32).all()  # what the other warp copied
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
@@ -98,24 +117,29 @@ def test_box_is_swizzled_and_filled(swizzle, corner):
 
 
 TEST = "mbarrier.test_wait.shared::cta.b64 %p2, [%r3], %rd3"
-FAULTS = {
-    "no fence of the proxy": ("race", "fence.proxy.async.shared::cta;", ""),
-    "no wait before the reuse": ("race", "cp.async.bulk.wait_group.read 0;", ""),
-    "no wait": ("asynchronous copy", f"{TEST};\n  @!%p2 bra WAIT;", "bar.sync 0;"),
-    "an arrival too few": ("deadlock", TEST, "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], 0"),
-    "misaligned": ("misaligned", "[%r2], [%rd1], 256", "[%r2+8], [%rd1], 256"),
-    "too long": ("out of bounds", "[%rd1], 256", "[%rd1], 272"),
+TRY = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], 0"
+NOINC = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r3];"
+COPY = "cp.async.ca.shared.global [%r5], [%rd1], 4;"
+PARITY = "mbarrier.test_wait.parity.shared::cta.b64 %p2, [%r3], 0;"
+FAULTS = {  # kind, kernel, what is replaced
+    "no fence of the proxy": ("race", PLAIN, "fence.proxy.async.shared::cta;", ""),
+    "no wait before the reuse": ("race", PLAIN, "cp.async.bulk.wait_group.read 0;", ""),
+    "no wait": ("asynchronous copy", PLAIN, f"{TEST};\n  @!%p2 bra WAIT;", "bar.sync 0;"),
+    "an arrival too few, asked for": ("deadlock", PLAIN, "[%r3], 65", "[%r3], 66"),
+    "an arrival too few": ("deadlock", PLAIN.replace(TEST, TRY), "[%r3], 65", "[%r3], 66"),
+    "misaligned": ("misaligned", PLAIN, "[%r2], [%rd1], 256", "[%r2+8], [%rd1], 256"),
+    "too long": ("out of bounds", PLAIN, "[%rd1], 256", "[%rd1], 272"),
+    "no wait for lanes": ("asynchronous copy", BY_LANES, f"{PARITY}\n  @!%p2 bra WAIT;", "bar.sync 0;"),
+    "arrival before the copy": ("asynchronous copy", BY_LANES, f"{COPY}\n  {NOINC}", f"{NOINC} {COPY} bar.sync 0;"),
+    "arrivals that do not count": ("deadlock", BY_LANES, ".noinc", ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_mistake_is_found(name):
-    kind, old, new = FAULTS[name]
-    assert old in PLAIN
-    text = PLAIN.replace(old, new)
-    if name == "an arrival too few":
-        text = text.replace("[%r3], 65", "[%r3], 66")
+def test_mistake_is_found_in_20_of_20_orders(name):
+    kind, text, old, new = FAULTS[name]
+    assert old in text
     for seed in SEEDS:
         with pytest.raises(Fault) as caught:
-            plain(text, seed)
+            run(text.replace(old, new), seed)
         assert caught.value.kind == kind, (seed, caught.value)

@@ -79,17 +79,19 @@ def test_matmul():
     from ptx.examples import EXAMPLES
 
     example = next(e for e in EXAMPLES if e.name == "matmul 3 stages")  # 128³ in tiles of 64 × 64 × 32
-    for target in (80, 90):
+    products = {  # of 16 x 8 x 16 in a warp; of 64 x 64 x 16 in 4 warps; of as many, started by one warp
+        80: ("mma", 8 * 16 * 8),
+        90: ("wgmma.mma_async", 4 * 4 * 4 * 2),  # blocks, warps, tiles of 32 in K, halves of them
+        100: ("tcgen05.mma", 4 * 4 * 2),
+    }
+    for target, (name, count) in products.items():
         _, profile = example.run(launch, target)
-        assert profile.flops["bf16 mma"] == 2 * 128**3
+        assert profile.executed(name) == count and profile.flops["bf16 mma"] == 2 * 128**3
+        assert sum(profile.executed(other) for other, _ in products.values()) == count
         for name in ("a_ptr", "b_ptr"):  # each of 4 blocks reads half of a matrix, in pieces of 16 bytes a lane
             traffic = profile.loads(name)
             assert traffic.bytes == 4 * 64 * 128 * 2 and traffic.efficiency == 1 and traffic.sectors_per_request == 16
         assert profile.stores("c_ptr").bytes == 128 * 128 * 4 and profile.stores("c_ptr").efficiency == 1
-        assert profile.executed("mma") == (8 * 16 * 8 if target == 80 else 0)
-        assert profile.executed("wgmma.mma_async") == (
-            0 if target == 80 else 4 * 4 * 4 * 2
-        )  # blocks, warps, tiles, halves
         assert profile.shared().conflicts == 0
 
 

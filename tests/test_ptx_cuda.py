@@ -1,13 +1,17 @@
-"""CUDA C++ through nvcc: the kernels of ptx/data/kernels.cu agree with numpy, from committed and from fresh PTX."""
+"""CUDA C++ through nvcc: the kernels of ptx/data/*.cu agree with numpy, from committed and from fresh PTX."""
 
 import math
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ptx import Fault, launch_ptx
+from ptx.bulk import TensorMap
+from ptx.module import array_buffer
 
 DATA = Path(__file__).parent / "ptx/data"
 TARGETS = ("committed", "sm_80", "sm_90", "sm_100")
@@ -17,10 +21,22 @@ TARGETS = ("committed", "sm_80", "sm_90", "sm_100")
 def module(request, tmp_path_factory) -> str:
     if request.param == "committed":
         return (DATA / "kernels.ptx").read_text()
+    return compiled("kernels.cu", request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=("committed", "sm_90"))
+def copies(request, tmp_path_factory) -> str:
+    """The module of asynchronous copies."""
+    if request.param == "committed":
+        return (DATA / "tma.ptx").read_text()
+    return compiled("tma.cu", request.param, tmp_path_factory)
+
+
+def compiled(name: str, target: str, tmp_path_factory) -> str:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     out = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
-    subprocess.run(["nvcc", "-ptx", f"-arch={request.param}", "-O3", DATA / "kernels.cu", "-o", out], check=True)
+    subprocess.run(["nvcc", "-ptx", f"-arch={target}", "-O3", "-std=c++17", DATA / name, "-o", out], check=True)
     return out.read_text()
 
 
@@ -123,6 +139,40 @@ def test_printf_warns_and_trap_is_found(module):
     x[77] = np.nan
     with pytest.warns(UserWarning, match="printf"), pytest.raises(Fault, match="trap: the kernel trapped"):
         launch_ptx(module, "check", (1,), (128,), x, 100)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_tiles_through_tensor_maps(copies, seed):
+    x, y = np.random.default_rng(0).standard_normal((40, 72)).astype("f4"), np.zeros((40, 72), "f4")
+    maps = [TensorMap(array_buffer(name, a), (70, 40), (288,), (32, 16), 7) for name, a in (("from", x), ("to", y))]
+    profile = launch_ptx(copies, "double_tiles", (3, 3), (128,), *maps, seed=seed)
+    assert (y[:, :70] == 2 * x[:, :70]).all() and (y[:, 70:] == 0).all()
+    assert profile.loads("from").bytes == profile.stores("to").bytes == 40 * 70 * 4
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_copies_of_threads_that_an_mbarrier_awaits(copies, seed):
+    x, y = np.arange(96, dtype="f4"), np.zeros(96, "f4")
+    launch_ptx(copies, "reverse", (1,), (96,), x, y, shared=384, seed=seed)
+    assert (y == x[::-1]).all()
+    with pytest.raises(Fault, match="asynchronous copy"):
+        text = re.sub(r"cp.async.mbarrier[^;]*;", "", copies)
+        launch_ptx(text, "reverse", (1,), (96,), x, y, shared=384, seed=seed)
+
+
+def test_it_needs_numpy_alone():
+    text = "import sys, ptx; assert not {'torch', 'triton', 'moe_lora', 'octavius'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", text], cwd=DATA.parents[1], env={"PYTHONPATH": "."}, check=True)
+
+
+def test_clusters_are_refused():
+    from ptx import Unknown
+
+    head, _, rest = (DATA / "kernels.ptx").read_text().partition(".entry votes(")
+    params, _, body = rest.partition("{")
+    with pytest.raises(Unknown, match="clusters of blocks"):
+        text = f"{head}.entry votes({params}.explicitcluster .reqnctapercluster 2, 1, 1 {{{body}"
+        launch_ptx(text, "votes", (2,), (32,), np.zeros(32, "i4"), np.zeros((5, 32), "u4"))
 
 
 def test_unknown_instruction_is_named():

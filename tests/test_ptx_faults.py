@@ -51,6 +51,7 @@ def in_example(name: str, target: int, rewrite):
 FEW = instead("cp.async.wait_group \t2", "cp.async.wait_group 4")
 LATE = instead("cp.async.wait_group \t2;\n\tbar.sync \t0;", "bar.sync 0; cp.async.wait_group 2;")
 UNAWAITED = patterns(r"mbarrier.try_wait[^;]*;", "setp.eq.u32 complete, 0, 0;")
+STALE = patterns(r"(?s)mbarrier.try_wait[^;]*;(?!.*mbarrier.try_wait)", "setp.eq.u32 complete, 0, 0;")  # the last one
 REWRITES = {  # what is planted in the code of which example and target: the kind of fault
     ("softmax", 80, "no barrier before the last read", without("bar.sync", 1)): "race",
     ("softmax", 80, "no barrier before the next write", without("bar.sync", 2)): "race",
@@ -72,19 +73,38 @@ REWRITES = {  # what is planted in the code of which example and target: the kin
     ("descriptor matmul bf16", 90, "no barrier before the refill", without("bar.sync", 6)): "race",
     ("descriptor in kernel", 90, "no barrier after the mbarrier begins", without("bar.sync", 4)): "race",
     ("descriptor in kernel", 90, "no fence of the proxy", without("fence.proxy.async.shared", 1)): "race",
+    ("matmul fp16 stages", 100, "no wait for the copy", without("cp.async.wait_group", 0)): "asynchronous copy",
+    ("matmul fp16 stages", 100, "no wait for the store", without("tcgen05.wait::st", 0)): "asynchronous copy",
+    ("matmul fp16 stages", 100, "no wait for the load", without("tcgen05.wait::ld", 0)): "race",
+    ("matmul fp16 stages", 100, "no fence of the proxy", without("fence.proxy.async", 0)): "race",
+    ("matmul fp16 stages", 100, "no barrier before the product", without("bar.sync", 7)): "race",
+    ("matmul fp16 stages", 100, "no wait before the refill", UNAWAITED): "race",
+    ("matmul fp16 stages", 100, "no wait for the last product", STALE): "race",
+    ("matmul fp16 stages", 100, "no commit", without(r"@%p\d+ tcgen05.commit", 0)): "deadlock",
+    ("matmul fp16 stages", 100, "too few columns", patterns(r"(tcgen05.alloc[^;]*), 64;", r"\1, 32;")): "out of bounds",
+    ("matmul fp16 stages", 100, "no deallocation", without(r"@%p\d+ tcgen05.dealloc", 0)): "operand",
+    ("attention causal", 100, "no store to tensor memory", without(r"@%p\d+ tcgen05.st", 0)): "uninitialised",
 }  # fmt: skip
+CLEAN = sorted({(name, target) for name, target, _, _ in REWRITES})
 
 
 @pytest.mark.parametrize("planted", REWRITES, ids=[f"{name} sm_{target}: {what}" for name, target, what, _ in REWRITES])
-def test_fault_planted_in_triton_code_is_found(planted):
-    name, target, _, rewrite = planted
+def test_fault_planted_in_triton_code_is_found_in_20_of_20_orders(planted):
+    name, target, what, rewrite = planted
     for seed in SEEDS:
         with pytest.raises(Fault) as caught:
             in_example(name, target, rewrite)(seed)
         assert caught.value.kind == REWRITES[planted], caught.value
-        assert re.search(
-            r"line \d+: .*\((descriptors|elementwise|matmul|rows|standard)\.py:\d+\)", str(caught.value)
-        ), caught.value
+        if what != "no deallocation":  # found as the block ends
+            place = r"line \d+: .*\((descriptors|elementwise|matmul|rows|standard)\.py:\d+\)"
+            assert re.search(place, str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize("name, target", CLEAN, ids=[f"{name} sm_{target}" for name, target in CLEAN])
+def test_the_same_kernel_without_fault_is_accused_in_0_of_20_orders(name, target):
+    for seed in SEEDS:
+        errors, _ = EXAMPLE[name].run(launch, target, emulator={"seed": seed})
+        assert max(errors.values()) <= EXAMPLE[name].tolerance
 
 
 @triton.jit
@@ -144,7 +164,7 @@ KERNELS = {  # name: kind, what the message says, what runs
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_faulty_kernel_is_found(name):
+def test_faulty_kernel_is_found_in_20_of_20_orders(name):
     kind, text, run = KERNELS[name]
     for seed in SEEDS:
         with pytest.raises(Fault) as caught:
@@ -193,7 +213,7 @@ STATEMENTS = {
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
-def test_fault_in_written_ptx_is_found(name):
+def test_fault_in_written_ptx_is_found_in_20_of_20_orders(name):
     kind, body = STATEMENTS[name]
     for seed in SEEDS:
         out = np.zeros(128, np.uint32)

@@ -13,6 +13,7 @@ from moe_lora import dropout, ops, triton_backend
 from moe_lora.check import Case, make
 from torch.nn import functional
 
+from tests import groups
 from tests.tolerance import assert_right
 
 triton = pytest.importorskip("triton")
@@ -32,6 +33,11 @@ CASES = (
     Case((4, 4), 16, 16, 4, 2, 2, experts=((1, 1), (1, 1))),
     Case((3,) * 4, 40, 24, 5, 2, 40, dropout=0.1, experts=((3, 3), (3, 0), (0, 3), (3, 3))),
 )
+GROUPS = (
+    (Case((40, 40), 72, 136, 4, 1, 16, dropout=0.2), (24, 40)),
+    (Case((30, 0, 70), 34, 70, 9, 2, 20, packed=True), (9,)),
+    (Case((1,) * 9, 64, 40, 6, 2, 16), (8, 64)),
+)
 FORMS = ("instance", "masked")
 
 
@@ -46,13 +52,26 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiled_matches_oracle(case, form, nan_empty):
     number = CASES.index(case)
-    dtype, target = (torch.bfloat16, torch.float16)[number // 2 % 2], (80, 90)[(number + FORMS.index(form)) % 2]
+    dtype, target = (torch.bfloat16, torch.float16)[number // 2 % 2], (80, 90, 100)[(number + FORMS.index(form)) % 3]
     with Emulator(target):
         assert_right(case, make(case, dtype), "triton")
 
 
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("case, widths", GROUPS, ids=str)
+def test_compiled_groups_match_oracle(case, widths, form, nan_empty):
+    number = GROUPS.index((case, widths))
+    dtype, target = (torch.bfloat16, torch.float16)[number % 2], (80, 90, 100)[(number + FORMS.index(form)) % 3]
+    with Emulator(target) as emulator:
+        groups.assert_group_right(case, groups.make(case, widths, dtype), "triton")
+    members, launches = 1 + len(widths), [profile.kernel for profile in emulator.profiles]
+    assert launches.count("shrink_kernel") == 1 + members
+    assert launches.count("expand_kernel") == members + 1
+    assert launches.count("expert_grad_kernel") == members + 1
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 def test_compiled_matches_oracle_in_wide_tiles_and_splits(target, monkeypatch, nan_empty):
     tiles, sums = [], []
     expand_tile, summed = triton_backend._Call.expand_tile, triton_backend._Call._summed
@@ -70,7 +89,7 @@ def test_compiled_matches_oracle_in_wide_tiles_and_splits(target, monkeypatch, n
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("target", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 def test_compiled_matches_oracle_in_each_dtype(target, dtype):
     case = Case((3, 0, 7, 1), 16, 24, 4, 2, 8, dropout=0.2, packed=True)
     with Emulator(target):
@@ -112,6 +131,15 @@ def test_schedules_of_warps_give_the_same_bits(form):
             found.append(outputs(case, inputs))
     for first, *others in zip(*found, strict=True):
         assert all(torch.equal(first, other) for other in others)
+
+
+def test_schedules_of_warps_give_a_group_the_same_bits():
+    case, widths = GROUPS[0]
+    group, found = groups.make(case, widths, torch.bfloat16), []
+    for seed in (None, 1):
+        with Emulator(90, seed=seed):
+            found.append(groups.outputs(case, group, "triton"))
+    assert all(torch.equal(got, found[1][name]) for name, got in found[0].items())
 
 
 @triton.jit
@@ -245,6 +273,27 @@ def test_refusals_say_why():
     assert "x must be on a cpu device, got meta" in reason(x=x.to("meta"))
 
 
+def test_groups_that_do_not_fit_run_one_by_one():
+    case, widths = GROUPS[0]
+
+    def why(group):
+        with Emulator(80):
+            found = moe_lora.explain(group.x, group.weights, group.lora_as, group.routing, "triton")
+        return f"{found.kernel}: {found.why}"
+
+    group = groups.make(case, widths, torch.float16)
+    assert why(group).startswith("3 together, ")
+    assert why(groups.make(case, (8, 8, 8), torch.float16)).startswith(
+        "one by one: a group has 2 to 3 members here, got 4"
+    )
+    assert "float32 leaves no registers" in why(groups.make(case, widths, torch.float32))
+    group.lora_as[1] = torch.zeros(4, 72, 8)
+    assert "lora_a must have one shape, got (4, 72, 16), (4, 72, 8)" in why(group)
+    group = groups.make(case, widths, torch.float16)
+    group.weights[2] = group.weights[2].t().contiguous().t()
+    assert "weights and lora_a must be contiguous" in why(group)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_unavailable_without_gpu(monkeypatch):
     assert "no GPU" in moe_lora.backends()["triton"]
@@ -286,6 +335,13 @@ def test_device_matches_oracle(case, dtype, form):
     assert_right(case, inputs, "triton")
     for first, second in zip(outputs(case, inputs), outputs(case, inputs), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("case, widths", GROUPS, ids=str)
+def test_device_groups_match_oracle(case, widths):
+    groups.assert_group_right(case, groups.make(case, widths, torch.bfloat16, device="cuda"), "triton")
 
 
 @pytest.mark.gpu

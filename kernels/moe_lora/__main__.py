@@ -1,6 +1,7 @@
 """`python -m moe_lora`: every backend that can run here against the float64 oracle; exit code 1 if one is wrong.
 
-On a GPU then a table of times: forward and backward of each backend beside those of the frozen linear alone.
+On a GPU then a table of times, each backend beside the frozen linear alone: forward and backward, or for instances of
+one row (decode) the forward.
 """
 
 import statistics
@@ -17,7 +18,8 @@ from moe_lora.routing import Routing
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDE = Case((700, 1, 579), 256, 4224, 4, 2, 32, dropout=0.1, packed=True)  # the largest tiles
-_SPEED = ((8, 1024, 4096, 4096), (8, 1024, 4096, 11008), (16, 110, 2048, 2048), (64, 1, 4096, 4096), (1, 1, 4096, 4096))
+_TRAIN = ((8, 1024, 4096, 4096), (8, 1024, 4096, 11008), (16, 110, 2048, 2048))
+_DECODE = ((64, 1, 4096, 4096), (8, 1, 4096, 4096), (1, 1, 4096, 4096))
 
 
 def main() -> int:
@@ -53,8 +55,12 @@ def _report(backend: str, device: str, dtype: torch.dtype, case: Case) -> bool:
     return right
 
 
-def print_speed(device: torch.device, dtype: torch.dtype, shapes=_SPEED, rounds: int = 30) -> None:
-    """Median milliseconds of forward and backward over x, A, B and gates, E = 4, K = 2, R = 32; and the ratio."""
+def print_speed(device: torch.device, dtype: torch.dtype, shapes=(*_TRAIN, *_DECODE), rounds: int = 30) -> None:
+    """Median milliseconds, E = 4, K = 2, R = 32, and the ratio to the frozen linear.
+
+    Forward and backward over x, A, B and gates with A and B in float32; of one row an instance the forward alone, with
+    A and B in `dtype`.
+    """
     able = [name for name, reason in backends().items() if reason is None]
     print(
         f"\n{'instances x rows, D -> F':<26} {'linear alone':>14}" + "".join(f"{name:>22}" for name in (*able, "auto"))
@@ -63,13 +69,20 @@ def print_speed(device: torch.device, dtype: torch.dtype, shapes=_SPEED, rounds:
         randn = torch.randn
         x, dy = randn(N, L, D, dtype=dtype, device=device), randn(N, L, F, dtype=dtype, device=device)
         weight, x = randn(F, D, dtype=dtype, device=device) / D**0.5, x.requires_grad_()
-        lora_a, lora_b = randn(4, D, 32, device=device) / D**0.5, randn(4, 32, F, device=device)
+        lora = {"dtype": dtype if L == 1 else torch.float32, "device": device}
+        lora_a, lora_b = randn(4, D, 32, **lora) / D**0.5, randn(4, 32, F, **lora)
         gates = torch.rand(N, 2, device=device)
         routing = Routing(torch.stack([torch.randperm(4)[:2] for _ in range(N)]).to(device), gates.requires_grad_())
         leaves = (x, lora_a.requires_grad_(), lora_b.requires_grad_(), gates)
 
         def step(name, x=x, dy=dy, weight=weight, lora_a=lora_a, lora_b=lora_b, routing=routing, leaves=leaves):
-            if name is None:
+            if x.shape[1] == 1:
+                with torch.no_grad():
+                    if name is None:
+                        functional.linear(x, weight)
+                    else:
+                        linear(x, weight, None, lora_a, lora_b, routing, backend=name)
+            elif name is None:
                 torch.autograd.grad(functional.linear(x, weight), x, dy)
             else:
                 y = linear(x, weight, None, lora_a, lora_b, routing, dropout=0.1, seed=1, backend=name)

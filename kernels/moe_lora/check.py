@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lora.dispatch import differentiable
 from moe_lora.dropout import as_seed
 from moe_lora.ops import linear
 from moe_lora.reference import oracle
@@ -98,16 +99,16 @@ def make(case: Case, dtype: torch.dtype, master: torch.dtype | None = None, devi
 
 
 def errors(case: Case, inputs: Inputs, backend: str = "auto") -> dict[str, tuple[float, float]]:
-    """(error, allowed) of y and of each gradient."""
+    """(error, allowed) of y, and of each gradient if the backend has a backward."""
     x, weight, bias, lora_a, lora_b, routing, dy, seed = inputs
     plan = Plan(routing.experts, routing.gates, routing.offsets, SCALE, case.dropout, seed)
     y = linear(x, weight, bias, lora_a, lora_b, routing, SCALE, case.dropout, seed, backend)
     truth, torchs = (oracle(x, weight, bias, lora_a, lora_b, plan, dtype) for dtype in (torch.float64, x.dtype))
-    leaves = inputs.leaves()
-    rows = {"y": (y, truth, torchs)}
+    rows, leaves = {"y": (y, truth, torchs)}, inputs.leaves() if differentiable(backend) else {}
     grads = [
         torch.autograd.grad(out, list(leaves.values()), dy.to(out.dtype), allow_unused=True, materialize_grads=True)
         for out in (y, truth, torchs)
+        if leaves
     ]
     rows |= {"d" + name: each for name, each in zip(leaves, zip(*grads, strict=True), strict=True)}
     return {name: measured(*each, x.dtype) for name, each in rows.items()}

@@ -46,8 +46,7 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
 
 def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
     """The kernel that would run, and why."""
-    T = x.shape[:-1].numel()
-    most = _C.few_rows
+    T, most = x.shape[:-1].numel(), _C.few_rows
     reasons = {
         f"T = {T} > {most}": most < T,
         "dropout": bool(plan.dropout),

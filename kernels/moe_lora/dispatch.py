@@ -6,7 +6,8 @@ A backend is a module with
     kernel(x, weight, lora_a, plan) -> (name of the kernel it would run, why that one)
     forward(x, weight, bias, lora_a, lora_b, plan) -> y, h
     backward(dy, x, weight, lora_a, lora_b, h, plan, needs) -> [dx, dA, dB, dgates], None where not needed
-with h [T, K·R] as `reference` defines it. A backend that can run a group of linears of one x together also has
+with h [T, K·R] as `reference` defines it. "auto" takes one without `backward` for the
+forward alone. A backend that can run a group of linears of one x together also has
     refuses_group(x, weights, lora_as, plan) -> None or the reason why it cannot, or why that would not pay
     forward_group(x, weights, biases, lora_as, lora_bs, plan) -> ys, hs
     backward_group(dys, x, weights, lora_as, lora_bs, hs, plan, needs) -> dx, [dA], [dB], dgates
@@ -21,11 +22,16 @@ from types import ModuleType
 
 from torch import Tensor
 
-from moe_lora import cpu, measure, reference, triton_backend
+from moe_lora import cpu, cuda, measure, reference, triton_backend
 from moe_lora.routing import Plan, Routing
 
 # In the order in which "auto" asks them, where none was timed.
-_BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {
+    "cuda": cuda,
+    "triton": triton_backend,
+    "cpu": cpu,
+    "reference": reference,
+}
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,10 @@ def choose(
         reason = _reason(name, x, weight, lora_a, plan)
         if reason is not None:
             raise ValueError(f"backend {name} cannot run this call: {reason}")
+        if needs is not None and not differentiable(name):
+            raise ValueError(f"backend {name} has no backward: use backend='auto', or torch.no_grad()")
         return _BACKENDS[name]
-    able = _able(x, weight, lora_a, plan)
+    able = _able(x, weight, lora_a, plan, needs)
     if len(able) == 1 or not measure.applies(x.device):
         return _BACKENDS[able[0]]
     times = _known(x, weight, lora_a, plan, needs)
@@ -159,8 +167,14 @@ def _reason_group(name: str, x: Tensor, weights: Sequence[Tensor], lora_as: Sequ
     return module.refuses_group(x, weights, lora_as, plan)
 
 
-def _able(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> list[str]:
-    return [name for name in _BACKENDS if _reason(name, x, weight, lora_a, plan) is None]
+def differentiable(name: str) -> bool:
+    """Whether a backend has a backward; "auto" always finds one."""
+    return name == "auto" or hasattr(_BACKENDS[name], "backward")
+
+
+def _able(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None) -> list[str]:
+    able = [name for name in _BACKENDS if _reason(name, x, weight, lora_a, plan) is None]
+    return [name for name in able if needs is None or differentiable(name)]
 
 
 def _known(
@@ -169,7 +183,7 @@ def _known(
     """Times of all that can run the call, fastest first, if all were timed."""
     if not measure.applies(x.device):
         return None
-    able = _able(x, weight, lora_a, plan)
+    able = _able(x, weight, lora_a, plan, needs)
     return measure.known(measure.bucket(x, weight, lora_a, plan, needs), x.device, able)
 
 

@@ -2,7 +2,8 @@
 
 The file, `moe_lora/choices.json` in the user's cache folder, has for each device and set of versions the choice and the
 times in milliseconds of each bucket. It may be copied to other machines of the same kind. Nothing is timed while a CUDA
-graph is captured, nor in a distributed run, where ranks could come to different choices: there only the file counts.
+graph is captured. In a distributed run neither times nor the file count, since ranks could differ in both: every rank
+takes the first backend that can run the call, in the order of `dispatch.py`.
 """
 
 import json
@@ -38,8 +39,9 @@ def bucket(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[b
 
 
 def applies(device: torch.device) -> bool:
-    """Whether the choice for this device goes by time."""
-    return device.type == "cuda"
+    """Whether the choice for this device goes by time: on one GPU, not where several ranks must choose alike."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return device.type == "cuda" and not (distributed and torch.distributed.get_world_size() > 1)
 
 
 def known(name: str, device: torch.device, candidates: list[str]) -> dict[str, float] | None:
@@ -52,10 +54,7 @@ def known(name: str, device: torch.device, candidates: list[str]) -> dict[str, f
 
 def may_time(device: torch.device) -> bool:
     """Whether calls may be timed here and now."""
-    if not applies(device) or torch.cuda.is_current_stream_capturing():
-        return False
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_world_size() == 1
+    return applies(device) and not torch.cuda.is_current_stream_capturing()
 
 
 def time_all(name: str, device: torch.device, runs: dict[str, Callable[[], object]]) -> dict[str, float]:

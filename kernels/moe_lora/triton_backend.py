@@ -66,6 +66,8 @@ def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor
     """Why these linears of one x cannot run together."""
     if not 1 < len(weights) <= _MAX_GROUP:
         return f"a group has 2 to {_MAX_GROUP} members here, got {len(weights)}"
+    if x.dtype == torch.float32:
+        return "float32 leaves no registers for the sums of more than one"
     if len({lora_a.shape for lora_a in lora_as}) > 1:
         return f"lora_a must have one shape, got {', '.join(str(tuple(lora_a.shape)) for lora_a in lora_as)}"
     if not all(tensor.is_contiguous() for tensor in (*weights, *lora_as)):
@@ -281,7 +283,7 @@ class _Call:
     def _block_t(self) -> int:
         return min(128, max(16, _power_of_2(self.T)))
 
-    def expand_tile(self, F: int, D: int) -> _Tile:
+    def expand_tile(self, F: int, D: int, members: int = 1) -> _Tile:
         """Of the kernel that writes F columns from sums over D."""
         block_t, half = self._block_t(), self.dtype != torch.float32
         if block_t <= 32:
@@ -289,7 +291,8 @@ class _Call:
         if not half:
             return self._staged(_Tile(min(block_t, 64), 64, 16, 4 if self.device.backend == "cuda" else 8, 2))
         if not self._hopper():
-            return self._staged(_Tile(block_t, 128, 64, 8, 3))
+            narrow = members > 1 and self.device.backend == "hip"  # the wide one would spill on gfx1100
+            return self._staged(_Tile(block_t, 64 if narrow else 128, 64, 8, 3))
         wide = block_t == 128 and 128 * 256 * self.device.processors <= self.T * F and self.device.shared > 1 << 17
         return self._staged(_Tile(block_t, 256 if wide else 128, 64, 8, 4))
 
@@ -352,7 +355,7 @@ class _Call:
         Ds, F = [weight.shape[0] for weight in weights], weights[0].shape[1]
         if not y.numel():
             return
-        tile, lora = self.expand_tile(F, sum(Ds)), loras[0]
+        tile, lora = self.expand_tile(F, sum(Ds), len(xs)), loras[0]
         tiles, groups = self.tiles(tile.BLOCK_T), _cdiv((self.K if self.instance else self.E) * self.rank, self.step)
         _kernels().expand_kernel[(tiles * _cdiv(F, tile.BLOCK_F),)](
             *_three(xs), *_three(weights), bias if bias is not None else xs[0], *_three(loras), *_three(hs), y,
@@ -362,13 +365,15 @@ class _Call:
             MEMBERS=len(xs), C=self.step, INSTANCE=self.instance, BIAS=bias is not None,
             EVEN_D=all(D % tile.BLOCK_D == 0 for D in Ds), PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, F), BAND=8, **vars(tile),
+            **(self._registers() if len(xs) > 1 and tile.BLOCK_F < 256 else {}),
         )  # fmt: skip
 
     def expert_grads(self, hs: Sequence[Tensor], x: Tensor, loras: Sequence[Tensor], transposed: bool) -> list[Tensor]:
         """dB like lora [E, R, D] of h and dy; transposed, dA like lora [E, D, R] of ds and x, of each member."""
         D = x.shape[1]
         grads = [torch.empty(lora.shape, dtype=lora.dtype, device=lora.device) for lora in loras]
-        grid, members = self.grad_grid(D), len(loras)
+        members = len(loras)
+        grid = self.grad_grid(D, members)
         outs = grads
         if grid.splits > 1:
             outs = [x.new_empty(grid.splits, *grad.shape, dtype=torch.float32) for grad in grads]
@@ -385,12 +390,15 @@ class _Call:
         )  # fmt: skip
         return grads if grid.splits == 1 else [self._summed(out, grad) for out, grad in zip(outs, grads, strict=True)]
 
-    def grad_grid(self, D: int) -> _Grid:
+    def grad_grid(self, D: int, members: int = 1) -> _Grid:
         block_t, block_d = self._half_or(64 if self._hopper() else 32, 32), self._half_or(64, 32)
-        blocks, groups = _cdiv(D, block_d), _cdiv(self.E * self.rank, self.columns)
+        columns = self.columns
+        if members > 1 and self.device.backend == "hip":  # the sums of three would spill on gfx1100
+            columns = max(self.rank, columns // 2)
+        blocks, groups = _cdiv(D, block_d), _cdiv(self.E * self.rank, columns)
         longest = self.L if self.instance and not self.packed else self.T
         splits = max(1, min(self.device.processors // (blocks * groups), longest // (4 * block_t)))
-        return _Grid(blocks, groups, splits, self.columns, block_t, block_d)
+        return _Grid(blocks, groups, splits, columns, block_t, block_d)
 
     def gate_grad(self, ds: Tensor, h: Tensor) -> Tensor:
         dgates = torch.empty(self.gates.shape, dtype=self.gates.dtype, device=self.gates.device)

@@ -17,7 +17,7 @@ from ptx.formats import (
 )
 from ptx.operands import alu, halves, reader, typed, writer
 from ptx.parse import Instruction, Program, bits
-from ptx.table import finished, instruction, is_float, rounding
+from ptx.table import finished, instruction, is_float, rounding, types
 
 
 def exact_sum(type: str, mode: str) -> Callable:
@@ -55,7 +55,7 @@ def saturate_s32(function: Callable) -> Callable:
 
 @instruction("add", "sub", "mul")
 def sum_or_product(ins: Instruction, program: Program):
-    type, name = ins.type, ins.name
+    (type, *narrow_type), name = types(ins), ins.name
     if name == "mul" and not is_float(type):
         return integer_product(ins, program)
     function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
@@ -71,7 +71,7 @@ def sum_or_product(ins: Instruction, program: Program):
         function = saturate_s32(function)
     if "cc" in ins.mods:
         return with_carry(ins, program)
-    return alu(ins, program, type, [type, type], finished(ins, function))
+    return alu(ins, program, type, [*narrow_type, type, type][:2], finished(ins, function))
 
 
 def integer_product(ins: Instruction, program: Program):
@@ -85,9 +85,10 @@ def integer_product(ins: Instruction, program: Program):
 
 @instruction("mad", "fma")
 def multiply_add(ins: Instruction, program: Program):
-    type = ins.type
+    type, *narrow_type = types(ins)
     if is_float(type):
-        return alu(ins, program, type, [type] * 3, finished(ins, exact_sum(type, rounding(ins))))
+        sources = [*(2 * narrow_type), type, type, type][:3]
+        return alu(ins, program, type, sources, finished(ins, exact_sum(type, rounding(ins))))
     if "cc" in ins.mods:
         return with_carry(ins, program)
     if "wide" in ins.mods:
@@ -163,8 +164,6 @@ def extreme(ins: Instruction, program: Program):
     propagate = {"min": np.minimum, "max": np.maximum}[ins.name]
     ignore = {"min": np.fmin, "max": np.fmax}[ins.name]
     function = propagate if "NaN" in ins.mods else ignore
-    if "xorsign" in ins.mods:
-        raise Unknown(str(ins))
     count = len(ins.operands) - 1  # sm_100 has three
     return alu(ins, program, type, [type] * count, finished(ins, lambda *args: reduce(function, args)))
 

@@ -206,7 +206,8 @@ class BulkCopy:
         barrier = of(s, int(places(s, self.barrier(s), one)[0]))
         s.batch.tickets += 1
         if s.batch.shadow is not None:
-            s.batch.shadow.deposit(int(s.warp[lane]), rows, 16, barrier.column, s.batch.tickets)
+            warp, agent = np.full(len(rows), s.warp[lane]), (barrier.column, s.batch.tickets)
+            s.batch.shadow.write(warp, rows, 16, agent=agent)
         barrier.gathering[barrier.column] = s.batch.tickets
         barrier.bytes -= total
         advance(s, barrier)

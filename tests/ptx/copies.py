@@ -1,13 +1,26 @@
 """Copies that go on while the warp computes: cp.async and its waits."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ptx.bulk import bulk
 from ptx.fault import Fault, Unknown
+from ptx.mbarrier import advance, of, places
 from ptx.memory import chosen, reach
-from ptx.operands import address, reader
+from ptx.operands import address, reader, shared_address
 from ptx.parse import Instruction, Program
 from ptx.table import instruction
+
+
+class Flight(NamedTuple):
+    """Copies of `size` bytes by some lanes; `agent`: column and ticket of the mbarrier that tells of them."""
+
+    lanes: np.ndarray
+    group: np.ndarray
+    at: np.ndarray
+    size: int
+    agent: tuple[int, int] | None
 
 
 class Queue:
@@ -15,22 +28,42 @@ class Queue:
 
     def __init__(self, n: int):
         self.group = np.zeros(n, np.int64)  # that each lane fills now
-        self.flying: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []  # lane, its group, place, bytes
+        self.flying: list[Flight] = []
 
     def start(self, lanes: np.ndarray, at: np.ndarray, size: int) -> None:
-        self.flying.append((lanes, self.group[lanes], at, size))
+        self.flying.append(Flight(lanes, self.group[lanes], at, size, None))
 
     def wait(self, s, m, left: int, committed: bool = True) -> None:
         """All but the last `left` groups of the lanes have landed."""
         here = np.ones(s.n, bool) if m is None else m
         last = self.group - left if committed else self.group + 1
-        flying, self.flying = self.flying, []
-        for lanes, group, at, size in flying:
-            done = here[lanes] & (group < last[lanes])
-            if done.any() and s.batch.shadow is not None:
-                s.batch.shadow.land(s.warp[lanes[done]], at[done], size)
-            if not done.all():
-                self.flying.append((lanes[~done], group[~done], at[~done], size))
+        for flight in self.take(lambda lanes, group: here[lanes] & (group < last[lanes])):
+            warp, seen = s.warp[flight.lanes], s.batch.clocks.seen
+            if flight.agent:
+                column, ticket = flight.agent
+                seen[warp, column] = np.maximum(seen[warp, column], ticket)
+            elif s.batch.shadow is not None:
+                s.batch.shadow.land(warp, flight.at, flight.size)
+
+    def hand_over(self, s, who: np.ndarray, agent: tuple[int, int]) -> None:
+        """An mbarrier tells of all copies that some lanes have begun."""
+        for flight in self.take(lambda lanes, group: np.isin(lanes, who)):
+            if not flight.agent:
+                flight = flight._replace(agent=agent)
+                if s.batch.shadow is not None:
+                    s.batch.shadow.land(s.warp[flight.lanes], flight.at, flight.size, agent)
+            self.flying.append(flight)
+
+    def take(self, which) -> list[Flight]:
+        """Remove those of the lanes and groups that a function chooses."""
+        taken, flying = [], self.flying
+        self.flying = []
+        for flight in flying:
+            done = which(flight.lanes, flight.group)
+            for some, to in ((done, taken), (~done, self.flying)):
+                if some.any():
+                    to.append(flight._replace(lanes=flight.lanes[some], group=flight.group[some], at=flight.at[some]))
+        return taken
 
 
 @instruction("cp")
@@ -51,7 +84,29 @@ def copy(ins: Instruction, program: Program):
     if kind in ("wait_group", "wait_all"):
         left = int(ins.operands[0]) if kind == "wait_group" else 0
         return lambda s, m: s.copies.wait(s, m, left, kind == "wait_group")
+    if kind == "mbarrier":
+        return arrive(ins, program)
     raise Unknown("copy")
+
+
+def arrive(ins: Instruction, program: Program):
+    """cp.async.mbarrier.arrive: who waits for the phase knows of the copies that these lanes have begun.
+
+    Without `.noinc` the arrival counts beyond those that the mbarrier expects.
+    """
+    where, counted = shared_address(ins, program, ins.operands[0]), "noinc" in ins.mods
+
+    def execute(s, m):
+        at, lanes = places(s, where(s), m), chosen(np.arange(s.n), m)
+        for place in np.unique(at):
+            barrier, who = of(s, int(place)), lanes[at == place]
+            s.batch.tickets += 1
+            s.copies.hand_over(s, who, (barrier.column, s.batch.tickets))
+            barrier.gathering[barrier.column] = s.batch.tickets
+            barrier.pending -= len(who) if counted else 0
+            advance(s, barrier)
+
+    return execute
 
 
 def copy_async(ins: Instruction, program: Program):

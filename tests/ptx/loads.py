@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from ptx.fault import Unknown
 from ptx.formats import DTYPE, U
 from ptx.memory import chosen, plain, reach
 from ptx.operands import address, alu, reader, typed, untyped, writer
@@ -40,9 +41,12 @@ def load(ins: Instruction, program: Program):
     size, type = bits(ins.type) // 8, ins.type if ins.type[0] == "s" else f"b{bits(ins.type)}"
     writes = [writer(program, name, type) for name in names]
     where, count, total = address(program, ins.operands[1]), len(names), size * len(names)
+    acquires = space != "shared" and bool({"acquire"} & set(ins.mods)) and bool({"gpu", "sys"} & set(ins.mods))
 
     def execute(s, m):
-        raw, at = reach(s, ins, space, where(s), total, m, "read")
+        raw, at = reach(s, ins, space, where(s), total, m, "atomic" if acquires else "read")
+        if acquires and s.launch.shadow is not None:
+            order_blocks(s, where(s), m)
         data = words(s, raw, at, size, count)
         if m is not None:
             full = np.zeros((s.n, count), data.dtype)
@@ -59,6 +63,8 @@ def load_param(ins: Instruction, program: Program):
     size = bits(ins.type) // 8
     type = ins.type if ins.type[0] == "s" else f"b{8 * size}"
     writes = [writer(program, name, type) for name in elements(ins, ins.operands[0])]
+    if m[1][0] == "%":
+        raise Unknown("a parameter addressed through a register")
     if m[1] not in program.params:  # the result of an ignored call
         return lambda s, m: [write(s, np.zeros((), U[8 * size]), m) for write in writes]
     start = program.params[m[1]][0] + int(m[2] or 0)

@@ -4,7 +4,7 @@ import numpy as np
 
 from ptx.fault import Fault, Unknown
 from ptx.memory import chosen
-from ptx.operands import address, reader, writer
+from ptx.operands import reader, shared_address, writer
 from ptx.parse import Instruction, Program
 from ptx.table import instruction
 
@@ -74,7 +74,7 @@ def mbarrier(ins: Instruction, program: Program):
 
 
 def change(ins: Instruction, program: Program):
-    where = address(program, ins.operands[0])
+    where = shared_address(ins, program, ins.operands[0])
     count = reader(program, ins.operands[1], "u32") if ins.mods[0] == "init" else None
 
     def execute(s, m):
@@ -87,7 +87,7 @@ def change(ins: Instruction, program: Program):
             else:
                 column = s.batch.columns.setdefault(int(place) % s.batch.shared_bytes, len(s.batch.columns)) % COLUMNS
                 n = int(chosen(np.broadcast_to(count(s), s.n), m)[i])
-                known[int(place)] = Mbarrier(n, s.batch.clocks.warps + column, s.batch.clocks.seen.shape[1])
+                known[int(place)] = Mbarrier(n, s.batch.clocks.warps + 1 + column, s.batch.clocks.seen.shape[1])
 
     return execute
 
@@ -99,7 +99,8 @@ def arrive(ins: Instruction, program: Program):
         raise Unknown("mbarrier.arrive.noComplete")
     write = writer(program, ins.operands[0], "b64") if arrives else None
     operands = ins.operands[1:] if arrives else ins.operands
-    where, number = address(program, operands[0]), reader(program, operands[1] if operands[1:] else "1", "u32")
+    where = shared_address(ins, program, operands[0])
+    number = reader(program, operands[1] if operands[1:] else "1", "u32")
 
     def execute(s, m):
         at, clocks = places(s, where(s), m), s.batch.clocks
@@ -126,12 +127,14 @@ def arrive(ins: Instruction, program: Program):
 class Wait:
     """test_wait and try_wait: p, [barrier], state, or the parity of the phase that must have ended.
 
-    try_wait may suspend a thread: here it does so until the phase ends, so that nobody spins.
+    try_wait may suspend a thread: here it does so until the phase ends, so that nobody spins. A thread that asks with
+    test_wait is not told "not yet" as long as others can go on.
     """
 
     def __init__(self, ins: Instruction, program: Program):
-        self.write, self.where = writer(program, ins.operands[0], "pred"), address(program, ins.operands[1])
-        self.parity, self.suspends = "parity" in ins.mods, ins.mods[0] == "try_wait"
+        self.write = writer(program, ins.operands[0], "pred")
+        self.where = shared_address(ins, program, ins.operands[1])
+        self.parity, self.polls = "parity" in ins.mods, ins.mods[0] == "test_wait"
         self.state = reader(program, ins.operands[2], "u32" if self.parity else "b64")
 
     def ready(self, s, m) -> np.ndarray:

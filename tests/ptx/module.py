@@ -5,9 +5,10 @@ import functools
 import numpy as np
 
 from ptx.counters import Profile
-from ptx.machine import Settings, Step, prepare, run
+from ptx.machine import Settings, run
 from ptx.memory import Buffer
 from ptx.parse import Program, parse
+from ptx.step import Step, prepare
 
 
 @functools.lru_cache(maxsize=256)

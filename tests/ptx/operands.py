@@ -23,7 +23,7 @@ SPECIAL = (
     *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
     *("%laneid", "%warpid", "%nwarpid", "%clock", "%clock64", "%globaltimer", "%smid", "%nsmid", "%gridid"),
     *("%lanemask_eq", "%lanemask_le", "%lanemask_lt", "%lanemask_ge", "%lanemask_gt"),
-    *("%cluster_ctarank", "%cluster_nctarank", "%dynamic_smem_size"),
+    *("%cluster_ctarank", "%cluster_nctarank", "%dynamic_smem_size", "%envreg1", "%envreg2"),
 )  # fmt: skip
 Read = Callable[..., np.ndarray]
 
@@ -178,6 +178,14 @@ def address(program: Program, text: str) -> Read:
         return lambda s: s.R[index].astype(np.int64) + extra
     base = raw_reader(program, m[1], "b64")
     return lambda s: np.broadcast_to(base(s).astype(np.int64) + extra, s.n)
+
+
+def shared_address(ins: Instruction, program: Program, text: str) -> Read:
+    """An address in shared memory; a generic one if the instruction does not name the space."""
+    where = address(program, text)
+    if any(mod.startswith("shared") for mod in ins.mods):
+        return where
+    return lambda s: where(s) - SHARED_WINDOW
 
 
 def alu(ins: Instruction, program: Program, dst: str, sources: list[str], function: Callable, first: int = 1):

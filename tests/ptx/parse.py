@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
+from ptx.fault import Unknown
+
 NAME = r"[A-Za-z_$%][\w$]*"
 TYPE_BITS = {"pred": 1, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8}
 
@@ -104,6 +106,8 @@ def parse(text: str, entry: str | None = None) -> Program:
     head = heads[entry or next(iter(heads))]
     program = Program(head[1], target=int(found(re.search(r"\.target\s+sm_(\d+)", text))[1]))
     parse_params(program, head[2] or "")
+    if ".explicitcluster" in head[3] or re.search(r"\.reqnctapercluster\s+(?!1\b(?:\s*,\s*1\b)*\s*(?:\.|$))", head[3]):
+        raise Unknown(f"clusters of blocks are not emulated: {' '.join(head[3].split())}")
     if m := re.search(r"\.reqntid\s+([\d,\s]+)", head[3]):
         program.threads = 1
         for n in m[1].split(","):

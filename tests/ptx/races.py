@@ -12,12 +12,17 @@ from ptx.fault import Fault
 
 
 class Clocks:
-    """`now[i]` of warp i (block · warps + warp) and `seen[i, w]`, what it knows of warp w of its block."""
+    """`now[i]` of warp i (block · warps + warp) and `seen[i, w]`, what it knows of warp w of its block.
 
-    def __init__(self, blocks: int, warps: int, columns: int = 0):
+    Columns of `seen` after those of the warps: the block's tensor core, then bulk copies; they know moments by tickets.
+    """
+
+    def __init__(self, blocks: int, warps: int, columns: int = 0, tensor: bool = False):
         self.blocks, self.warps = blocks, warps
+        self.readers = warps + tensor  # columns of those who read memory
+        self.doubt: tuple[int, Fault] | None = None  # a block, and what it did unless another fault explains it
         self.now = np.ones(blocks * warps, np.int32)
-        self.seen = np.zeros((blocks * warps, warps + columns), np.int32)  # the last columns: bulk copies
+        self.seen = np.zeros((blocks * warps, warps + columns), np.int32)
         self.fenced = np.zeros_like(self.seen)  # what `fence.proxy.async` has made visible
         self.tick(slice(None))
 
@@ -43,17 +48,26 @@ class Clocks:
         self.now[who] += 1
         self.tick(who)
 
+    def settle(self, block: int | None = None) -> None:
+        """A block has met at a barrier, or all has ended: nobody came to explain the fault in doubt."""
+        if self.doubt and block in (None, self.doubt[0]):
+            raise self.doubt[1]
+
 
 class SharedShadow:
-    """The last writer, the readers and the copies in flight of each granule (the narrowest access of the kernel)."""
+    """The last writer, the readers and the copies in flight of each granule (the narrowest access of the kernel).
+
+    An `agent`, where given, is who accesses memory for a warp, asynchronously: its column of `Clocks.seen`, its ticket.
+    """
+
+    name = "shared memory"
 
     def __init__(self, clocks: Clocks, memory: np.ndarray, granule: int, patient: bool):
         n = len(memory) // granule
         self.clocks, self.memory, self.granule, self.patient = clocks, memory, granule, patient
-        self.doubt: tuple[int, Fault] | None = None  # a block, and what it did unless another fault explains it
-        self.writer = np.full(n, -1, np.int16)  # warp of the block
+        self.writer = np.full(n, -1, np.int16)  # column
         self.written = np.zeros(n, np.int32)  # its clock
-        self.read_at = np.zeros((clocks.warps, n), np.int32)  # last clock at which each warp read
+        self.read_at = np.zeros((clocks.readers, n), np.int32)  # last clock at which each read
         self.store_writer, self.stored = self.writer.copy(), self.written.copy()  # of the last that is not atomic
         self.landing = np.zeros(n, bool)  # an asynchronous copy is in flight
         self.held = np.zeros(n, np.int32)  # asynchronous reads in flight (wgmma, bulk stores)
@@ -63,79 +77,78 @@ class SharedShadow:
         k = size // self.granule
         return first[..., None] + np.arange(k) if k > 1 else first[..., None]
 
-    def read(self, warp: np.ndarray, at: np.ndarray, size: int, proxy: bool = False) -> None:
-        """Warps read bytes [at, at + size) of the flat shared memory; `proxy`: asynchronously, as wgmma does."""
+    def read(self, warp: np.ndarray, at: np.ndarray, size: int, proxy: bool = False, agent=None) -> None:
+        """Warps read bytes [at, at + size) of the flat memory; `proxy`: asynchronously, as wgmma does."""
         g, clocks = self.granules(at, size), self.clocks
         writer = self.writer[g]
         if (flying := self.landing[g]).any():
-            text = "shared memory is read before the wait for the copy that fills it" + self.where(g, flying)
+            text = f"{self.name} is read before the wait for the copy that fills it" + self.where(g, flying)
             own = (flying & (writer == (warp % clocks.warps)[:, None])).any()
             self.suspect(warp, Fault("asynchronous copy", text), bool(own))
         if (writer < 0).any():
-            text = "shared memory is read that nobody wrote" + self.where(g, writer < 0)
+            text = f"{self.name} is read that nobody wrote" + self.where(g, writer < 0)
             self.suspect(warp, Fault("uninitialised", text), False)
         bad = self.written[g] > clocks.seen[warp[:, None], writer]
-        if (bulk := bad & (writer >= clocks.warps)).any():
+        if agent:  # products of one tensor core go in order
+            bad &= writer != agent[0]
+        if (bulk := bad & (writer > clocks.warps)).any():
             text = "shared memory is read before the wait on the mbarrier of the copy that fills it"
             raise Fault("asynchronous copy", text + self.where(g, bulk))
         if bad.any():
-            raise Fault(
-                "race",
-                "a warp reads shared memory that another wrote, with no barrier between"
-                + self.who(g, np.asarray(bad), warp),
-            )
+            text = f"a warp reads {self.name} that another wrote, with no barrier between"
+            raise Fault("race", text + self.who(g, np.asarray(bad), warp))
         if proxy:
             other = (warp // clocks.warps * clocks.warps)[:, None] + np.minimum(writer, clocks.warps - 1)
             bad = self.written[g] > np.maximum(clocks.fenced[other, writer], clocks.fenced[warp[:, None], writer])
             bad &= writer < clocks.warps
             if bad.any():
-                raise Fault(
-                    "race",
-                    "an asynchronous read follows a write with no fence.proxy.async between"
-                    + self.who(g, np.asarray(bad), warp),
-                )
-        self.read_at[(warp % clocks.warps)[:, None], g] = clocks.now[warp][:, None]
+                text = "an asynchronous read follows a write with no fence.proxy.async between"
+                raise Fault("race", text + self.who(g, np.asarray(bad), warp))
+        column, now = agent or ((warp % clocks.warps)[:, None], clocks.now[warp][:, None])
+        self.read_at[column, g] = now
 
-    def write(self, warp: np.ndarray, at: np.ndarray, size: int, values=None, atomic=False, landing=False) -> None:
+    def write(
+        self, warp: np.ndarray, at: np.ndarray, size: int, values=None, atomic=False, landing=False, agent=None
+    ) -> None:
         """Warps write; `values()` are the bytes of each lane: warps may write one value to one place."""
         g, clocks = self.granules(at, size), self.clocks
         if (flying := self.landing[g]).any():
-            text = "shared memory is written while a copy into it is in flight"
+            text = f"{self.name} is written while a copy into it is in flight"
             raise Fault("asynchronous copy", text + self.where(g, flying))
         if (held := self.held[g] > 0).any():
-            text = "shared memory is written while an asynchronous instruction reads it"
+            text = f"{self.name} is written while an asynchronous instruction reads it"
             raise Fault("race", text + self.where(g, held))
         seen, writer = clocks.seen[warp], self.writer[g]
         if atomic:
             if (writer < 0).any():
-                text = "an atomic meets shared memory that nobody wrote" + self.where(g, writer < 0)
+                text = f"an atomic meets {self.name} that nobody wrote" + self.where(g, writer < 0)
                 self.suspect(warp, Fault("uninitialised", text), False)
             bad = self.stored[g] > seen[np.arange(len(warp))[:, None], self.store_writer[g]]
         else:
             bad = self.written[g] > seen[np.arange(len(warp))[:, None], writer]
+        in_order = agent[0] if agent and agent[0] < clocks.readers else None  # the tensor core
+        if in_order is not None:
+            bad &= writer != in_order
         if bad.any() and self.changes(at, size, values, np.asarray(bad.any(1))):
-            text = "two warps write one place of shared memory, with no barrier between"
+            text = f"two warps write one place of {self.name}, with no barrier between"
             raise Fault("race", text + self.who(g, np.asarray(bad), warp))
-        bad = (self.read_at[:, g] > seen.T[: clocks.warps, :, None]).any(0)
-        if bad.any():
-            text = "a warp writes shared memory that another read, with no barrier between"
+        late = self.read_at[:, g] > seen.T[: clocks.readers, :, None]
+        if in_order is not None:
+            late[in_order] = False
+        if (bad := late.any(0)).any():
+            text = f"a warp writes {self.name} that another read, with no barrier between"
             raise Fault("race", text + self.who(g, np.asarray(bad), warp))
         mine = np.broadcast_to((warp % clocks.warps)[:, None], g.shape)
         self.writer[g] = mine
         if not atomic and (bad := self.writer[g] != mine).any() and self.disagree(at, size, values):
-            text = "two warps write one place of shared memory in one instruction"
+            text = f"two warps write one place of {self.name} in one instruction"
             raise Fault("race", text + self.where(g, bad))
         self.written[g] = clocks.now[warp][:, None]
+        if agent:
+            self.writer[g], self.written[g] = agent
         if not atomic:
             self.store_writer[g], self.stored[g] = self.writer[g], self.written[g]
         self.landing[g] = landing
-
-    def deposit(self, warp: int, at: np.ndarray, size: int, column: int, ticket: int) -> None:
-        """A bulk copy that a warp began writes; those know of it who have heard of its ticket."""
-        self.write(np.full(len(at), warp), at, size)
-        g = self.granules(at, size)
-        self.writer[g] = self.store_writer[g] = column
-        self.written[g] = self.stored[g] = ticket
 
     def suspect(self, warp: np.ndarray, fault: Fault, certain: bool) -> None:
         """A warp came too early, for whichever reason: if another still writes there unordered, that is a race.
@@ -144,12 +157,7 @@ class SharedShadow:
         """
         if certain or not self.patient:
             raise fault
-        self.doubt = self.doubt or (int(warp[0]) // self.clocks.warps, fault)
-
-    def settle(self, block: int | None = None) -> None:
-        """A block has met at a barrier, or all has ended: nobody came to explain the fault in doubt."""
-        if self.doubt and block in (None, self.doubt[0]):
-            raise self.doubt[1]
+        self.clocks.doubt = self.clocks.doubt or (int(warp[0]) // self.clocks.warps, fault)
 
     def changes(self, at: np.ndarray, size: int, values, lanes: np.ndarray) -> bool:
         if values is None:
@@ -164,15 +172,17 @@ class SharedShadow:
         self.memory[place] = value
         return bool((self.memory[place] != value).any())
 
-    def land(self, warp: np.ndarray, at: np.ndarray, size: int) -> None:
-        """An asynchronous copy has arrived, and its warp knows."""
+    def land(self, warp: np.ndarray, at: np.ndarray, size: int, agent=None) -> None:
+        """An asynchronous copy has arrived, and its warp knows; or those will know who hear of the agent's ticket."""
         g = self.granules(at, size)
-        early = (self.read_at[:, g] > self.clocks.seen[warp].T[: self.clocks.warps, :, None]).any(0)
-        if self.doubt and early.any():
+        early = (self.read_at[:, g] > self.clocks.seen[warp].T[: self.clocks.readers, :, None]).any(0)
+        if self.clocks.doubt and early.any():
             text = "a warp reads what another copies, with no barrier after the wait of the other"
             raise Fault("race", text + self.who(g, np.asarray(early), warp))
         self.landing[g] = False
-        self.written[g] = self.stored[g] = self.clocks.now[warp][:, None]
+        self.written[g] = self.stored[g] = agent[1] if agent else self.clocks.now[warp][:, None]
+        if agent:
+            self.writer[g] = self.store_writer[g] = agent[0]
 
     def hold(self, places: np.ndarray) -> None:
         """An asynchronous instruction of one warp begins to read granules."""
@@ -192,7 +202,9 @@ class SharedShadow:
         return self.where(g, bad) + f": warp {int(w)}; last written by {self.writer_name(int(self.writer[g][bad][0]))}"
 
     def writer_name(self, writer: int) -> str:
-        return f"warp {writer}" if writer < self.clocks.warps else "a bulk copy"
+        if writer < self.clocks.warps:
+            return f"warp {writer}"
+        return "the tensor core" if writer == self.clocks.warps else "a bulk copy"
 
 
 class GlobalShadow:

@@ -4,15 +4,25 @@
 the running lanes, `m` the mask of those that take part (None: all). A new instruction is usually one call of `alu`.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
 
+from ptx.fault import Unknown
 from ptx.formats import flush
 from ptx.parse import Instruction
 
 TABLE: dict[str, Callable] = {}
+TYPE = re.compile(r"pred|[busf]\d+|bf16|[bfus]\d+x\d|bf16x2|tf32|e\dm\d(x\d)?")
+MIXED = {  # may name more than one type
+    *("add", "sub", "fma"),  # float32 with narrower operands
+    *("cvt", "set", "slct", "dp4a", "mma", "wgmma", "tensormap"),
+}
 ROUNDINGS = ("rn", "rz", "rm", "rp")
+CALCULATE = {"add", "sub", "mul", "mad", "fma", "div", "rem", "min", "max", "neg", "abs", "sqrt", "rsqrt", "rcp", "ex2"}
+CALCULATE |= {"lg2", "sin", "cos", "tanh"}
+CALCULATE_MODS = {*ROUNDINGS, "ftz", "sat", "relu", "NaN", "approx", "full", "wide", "hi", "lo", "cc"}
 
 
 def instruction(*names: str):
@@ -23,6 +33,16 @@ def instruction(*names: str):
         return decode
 
     return register
+
+
+def types(ins: Instruction) -> list[str]:
+    """The types that an instruction names, in order."""
+    found = [mod for mod in ins.mods if TYPE.fullmatch(mod)]
+    if len(found) > 1 and (ins.name not in MIXED or (ins.name in ("add", "sub", "fma") and found[0] != "f32")):
+        raise Unknown(f"types of {ins.name}")
+    if ins.name in CALCULATE and set(ins.mods) - CALCULATE_MODS - set(found):
+        raise Unknown(f"modifier of {ins.name}")
+    return found
 
 
 def is_float(type: str) -> bool:

@@ -1,4 +1,4 @@
-"""Matrix instructions: fragments of mma and ldmatrix, wgmma with its descriptors.
+"""Matrix instructions of a warp, mma and ldmatrix, and what all share: fragments in registers, matrices by descriptors.
 
 Products are exact and summed in float64, and the result is rounded once to the accumulator's type. Hardware aligns the
 products of one instruction and truncates; its results differ in the last bits of float32.
@@ -10,11 +10,12 @@ import numpy as np
 
 from ptx.fault import Fault, Unknown
 from ptx.formats import DTYPE, U, from_bf16, from_fp8
-from ptx.operands import address, reader, typed, untyped, writer
+from ptx.operands import address, reader, untyped, writer
 from ptx.parse import Instruction, Program, bits, found, split
 from ptx.table import instruction
 
 LANE = np.arange(32)
+POISON = np.uint32(0x7FC0DEAD)  # in registers whose results are in flight
 GROUP, QUAD = LANE // 4, LANE % 4  # row and column pair of a lane in an 8 × 8 matrix
 
 
@@ -155,129 +156,35 @@ def accumulator(pairs: int) -> tuple[np.ndarray, np.ndarray]:
     return row, column
 
 
-class Products:
-    """Products of wgmma in flight: their warps, the group of each warp, their registers, the places they read."""
+def described(ins: Instruction, d: np.ndarray, rows, depth: int, element: int, trans: int) -> np.ndarray:
+    """[n, rows, depth] places in shared memory of matrices that descriptors name: start, two offsets, swizzle.
 
-    def __init__(self, n: int):
-        self.group = np.zeros(n // 32, np.int64)  # that each warp fills now
-        self.results: dict[int, np.ndarray] = {}  # register: what it will hold
-        self.flying: list[tuple[np.ndarray, np.ndarray, list[int], dict[int, list[np.ndarray]]]] = []
-
-    def wait(self, s, m, left: int) -> None:
-        """All but the last `left` groups of the warps are done: their registers hold the result."""
-        here = np.ones(s.n // 32, bool) if m is None else m.reshape(-1, 32).any(1)
-        flying, self.flying = self.flying, []
-        for warps, group, registers, held in flying:
-            done = here[warps] & (group < self.group[warps] - left)
-            for warp in warps[done]:
-                for places in held.pop(int(warp), []):
-                    s.batch.shadow.release(int(s.warp[32 * warp]), places)
-            if not done.all():
-                self.flying.append((warps[~done], group[~done], registers, held))
-        busy: dict[int, np.ndarray] = {}
-        for warps, _, registers, _ in self.flying:
-            for index in registers:
-                busy.setdefault(index, np.zeros(len(here), bool))[warps] = True
-        for index, value in list(self.results.items()):
-            ready = np.repeat(here & ~busy.get(index, np.zeros(len(here), bool)), 32)
-            s.R[index] = np.where(ready, value, s.R[index])
-        if not self.flying:
-            self.results.clear()
+    Rows lie along lines of 128, 64 or 32 bytes, or across them (`trans`); eight lines repeat the swizzle.
+    """
+    mode, d = d >> np.uint64(61), d.astype(np.int64)[:, None, None]
+    start, leading, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
+    if (mode != mode[0]).any() or int(mode[0]) not in (0, 2, 4, 6):
+        raise Unknown(f"swizzle {int(mode[0])} of a matrix in shared memory, {ins}")
+    span = {0: 16, 2: 128, 4: 64, 6: 32}[int(mode[0])]
+    i, k = np.broadcast_to(rows, (len(d), np.shape(rows)[-1]))[..., None], np.arange(depth)[None, None]
+    line, along = (k, i * element) if trans else (i, k * element)
+    if trans and span == 16:
+        stride, leading = leading, stride
+    at = start + line // 8 * stride + line % 8 * span + along // span * leading + along % span
+    return at ^ (at >> 3 & (span - 16))
 
 
-@instruction("wgmma")
-def warpgroup(ins: Instruction, program: Program):
-    if ins.mods[0] == "fence":
-        return lambda s, m: None
-    if ins.mods[0] == "commit_group":
-
-        def commit(s, m):
-            s.products.group[slice(None) if m is None else m.reshape(-1, 32).any(1)] += 1
-
-        return commit
-    if ins.mods[0] == "wait_group":
-        left = int(ins.operands[0])
-        return lambda s, m: s.products.wait(s, m, left)
-    return WarpgroupProduct(ins, program)
+def row_heads(s, ins, lane, at: np.ndarray, element: int, trans: int, readers=slice(None)) -> np.ndarray:
+    """[n, pieces] of 16 bytes that hold the elements, in the flat shared memory; checks bounds and counts."""
+    if (at + element > s.batch.shared_bytes).any():
+        text = f"a matrix is read at shared byte {int(at.max())} of {s.batch.shared_bytes}"
+        raise Fault("out of bounds", text)
+    chunk = 16 // element  # eight pieces of 16 bytes are a matrix
+    heads = (at[:, ::chunk] if trans else at[:, :, ::chunk].swapaxes(1, 2)).reshape(len(at), -1)
+    s.launch.profile.count_rows(ins, heads[readers], "read")
+    return heads + s.shared_base[lane][:, None]
 
 
-class WarpgroupProduct:
-    """wgmma.mma_async m64nNkK: four warps multiply 64 rows; operands in shared memory, A may be in registers."""
-
-    def __init__(self, ins: Instruction, program: Program):
-        _, self.n, self.k = map(int, found(re.search(r"m(\d+)n(\d+)k(\d+)", ".".join(ins.mods))).groups())
-        self.ins, (self.td, self.ta, self.tb) = ins, ins.mods[-3:]
-        self.element = 32 // self.k
-        if self.td not in ("f32", "s32") or self.ta not in ("bf16", "f16", "tf32", "e4m3", "e5m2", "s8"):
-            raise Unknown("wgmma type")
-        names = split(ins.operands[0][1:-1])
-        self.d = [program.registers[name][0] for name in names]
-        in_registers = ins.operands[1][0] == "{"
-        self.a = [reader(program, t, "b32") for t in split(ins.operands[1][1:-1])] if in_registers else None
-        self.desc_a = None if in_registers else reader(program, ins.operands[1], "b64")
-        self.desc_b, self.keep = reader(program, ins.operands[2], "b64"), reader(program, ins.operands[3], "pred")
-        flags = [int(t) for t in ins.operands[4:]] + [1, 1][len(ins.operands[4:]) :]
-        self.signs = flags[:2]
-        self.trans_a, self.trans_b = (0, *flags[2:3], 0)[:2] if in_registers else (*flags[2:4], 0, 0)[:2]
-        self.pa, self.pd = fragment("a", self.k, 4 // self.element), accumulator(len(names) // 2)
-
-    def __call__(self, s, m) -> None:
-        lanes = (np.arange(s.n) if m is None else np.flatnonzero(m)).reshape(-1, 32)
-        held: dict[int, list[np.ndarray]] = {}
-        b = self.operand(s, lanes, self.desc_b, np.arange(self.n)[None], self.trans_b, self.tb, held)
-        if self.a:
-            a = gather(s, self.a, self.ta, lanes.reshape(-1), self.pa, (16, self.k))
-        else:
-            rows = 16 * (s.warp[lanes[:, :1]] % s.batch.warps_each % 4) + np.arange(16)
-            a = self.operand(s, lanes, self.desc_a, rows, self.trans_a, self.ta, held)
-        product = (self.signs[0] * a) @ (self.signs[1] * b).swapaxes(1, 2)
-        values = product[:, self.pd[0][..., 0], self.pd[1][..., 0]].swapaxes(0, 1)
-        keep, pending = np.broadcast_to(self.keep(s), s.n), s.products.results
-        poison = np.uint32(0x7FC0DEAD)
-        for index, value in zip(self.d, values, strict=True):
-            before = pending.get(index, s.R[index])
-            busy = s.R[index] == poison  # a result in flight, onto which hardware adds in order
-            old = typed(np.where(busy, before, s.R[index]), self.td)
-            total = np.where(keep, old, 0).astype(value.dtype) + spread(s, value, m)
-            total = untyped(total.astype(DTYPE[self.td]), self.td)
-            pending[index] = total if m is None else np.where(m, total, before)
-            s.R[index] = np.full(s.n, poison) if m is None else np.where(m, poison, s.R[index])
-        warps = lanes[:, 0] // 32
-        s.products.flying.append((warps, s.products.group[warps], self.d, held))
-        s.launch.profile.flops[f"{self.ta} mma"] += 2 * 16 * self.n * self.k * len(warps)
-
-    def operand(self, s, lanes, descriptor, rows, trans: int, type: str, held: dict) -> np.ndarray:
-        """[warps, rows, K] elements named by descriptors: start, two offsets, swizzle of 128, 64 or 32 bytes."""
-        d = np.broadcast_to(descriptor(s), s.n)[lanes[:, 0]]
-        mode, d = d >> np.uint64(62), d.astype(np.int64)[:, None, None]
-        start, leading, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
-        if (mode != mode[0]).any() or mode[0] == 0:
-            raise Unknown("wgmma without swizzle")
-        span = {1: 128, 2: 64, 3: 32}[int(mode[0])]
-        i, k = np.broadcast_to(rows, (len(d), rows.shape[1]))[..., None], np.arange(self.k)[None, None]
-        per = span // self.element
-        if trans:
-            at = start + k // 8 * stride + k % 8 * span + i // per * leading + i % per * self.element
-        else:
-            at = start + i // 8 * stride + i % 8 * span + k * self.element
-        at ^= at >> 3 & (span - 16)
-        if (at + self.element > s.batch.shared_bytes).any():
-            raise Fault(
-                "out of bounds", f"wgmma reads shared memory at {int(at.max())} of {s.batch.shared_bytes} bytes"
-            )
-        chunk = 16 // self.element  # elements of a row of 16 bytes; eight rows are a matrix
-        heads = at[:, ::chunk] if trans else at[:, :, ::chunk].swapaxes(1, 2)
-        readers = lanes[:, 0] // 32 % 4 == 0 if descriptor is self.desc_b else slice(None)  # four warps share B
-        s.launch.profile.count_rows(self.ins, heads.reshape(len(at), -1)[readers], "read")
-        at = at + s.shared_base[lanes[:, 0]][:, None, None]
-        if s.batch.shadow is not None:
-            self.record(s, lanes[:, 0], at.reshape(len(d), -1), held)
-        return decode(s.batch.shared.view(U[8 * self.element])[at // self.element], type).astype(np.float64)
-
-    def record(self, s, lane: np.ndarray, at: np.ndarray, held: dict) -> None:
-        shadow = s.batch.shadow
-        shadow.read(np.repeat(s.warp[lane], at.shape[1]), at.reshape(-1), self.element, proxy=True)
-        for i, first in enumerate(lane):
-            places = shadow.granules(at[i], self.element).reshape(-1)
-            shadow.hold(places)
-            held.setdefault(int(first) // 32, []).append(places)
+def elements(s, lane, at: np.ndarray, element: int, type: str) -> np.ndarray:
+    raw = s.batch.shared.view(U[8 * element])[(at + s.shared_base[lane][:, None, None]) // element]
+    return decode(raw, type).astype(np.float64)

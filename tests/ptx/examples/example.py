@@ -22,7 +22,7 @@ class Example:
     make: Callable
     tolerance: float = 0.0
     meta: dict = field(default_factory=dict)
-    targets: tuple[int, ...] = (80, 90)
+    targets: tuple[int, ...] = (80, 90, 100)
 
     def run(self, launch, target: int, **options) -> tuple[dict[str, float], object]:
         """Launch; returns the error of each output over its tolerance's scale, and the profile."""
