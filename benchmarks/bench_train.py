@@ -7,7 +7,7 @@
     frozen          the linears without any experts: the floor
 
 All: SmolLM2-135M-Instruct in bfloat16, float32 trainable weights, EfficientNet-Lite0 tokens, the same batches of
-mini-LAMM, AdamW. All but peft-usual: features of the pictures kept, logits only where labels are, eager attention.
+mini-LAMM, AdamW. All but peft-usual: pictures' features kept, logits only where labels are, `load_llm`'s attention.
 Prints tokens (padding not counted) per second, median, 20th and 80th percentile over the steps, and the median of the
 ratio to `frozen` in each step; and new tokens per second of greedy generation for a batch of prompts. The providers run
 in turn in one process; one thread is timed by its own CPU time, more by the wall.
@@ -35,8 +35,9 @@ from octavius.config import load_config
 from octavius.data import Collator, InstructionData
 from octavius.encoders import FeatureStore
 from octavius.llm import answer_logits, load_llm
-from octavius.model import IGNORE, Octavius
+from octavius.model import Octavius
 from octavius.projector import Projector
+from octavius.prompts import IGNORE
 from octavius.train import compile_layers, keep_freed_memory, load_data
 
 PROVIDERS = ("cpu", "reference", "einsum", "peft", "peft-usual", "frozen")
@@ -170,6 +171,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours with train.compile, as `make mini` trains")
     parser.add_argument("--providers", nargs="*", default=list(PROVIDERS), choices=PROVIDERS)
     options = parser.parse_args()
+    if options.steps < 4:
+        parser.error(f"--steps must be at least 4, got {options.steps}: percentiles take two generations")
     options.providers = list(dict.fromkeys([*options.providers, "frozen"]))
     keep_freed_memory()
     torch.set_num_threads(options.threads)
