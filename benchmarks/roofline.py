@@ -1,21 +1,28 @@
-"""What the Triton kernels cost, and the times that predicts on GPUs: operations and bytes against data-sheet figures.
+"""What the GPU kernels cost, and the times that predicts on GPUs: operations and bytes against data-sheet figures.
 
 Nothing is measured here. Each launch takes the longer of its tensor-core operations and its bytes of device memory,
 every tensor moved once, at stated shares of the data sheet's peaks. A launch adds nothing, unless --launch says so.
-Tiles with rows of many instances are taken to use all experts.
+Tiles with rows of many instances are taken to use all experts. The forward of at most 64 rows is the CUDA kernel's or
+Triton's, whichever is predicted faster, as the dispatcher would take it.
 Operations and the bytes that programs ask for (`requested`, which caches answer in part) are those which the PTX
 emulator counts when it runs the compiled kernels: `tests/test_roofline.py` holds both to within 2 %.
 
 Usage: python benchmarks/roofline.py [--launch MICROSECONDS] [--csv FILE] [--plot FILE.png]
+       python benchmarks/roofline.py --launches    what each launch of the first shape adds on an H100
+       python benchmarks/roofline.py --cpu         the same model for this CPU, its ceilings and our ratios measured now
 """
 
 import argparse
 import csv
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from moe_lora.routing import Plan
+from moe_lora import cuda
+from moe_lora.measure import milliseconds
+from moe_lora.ops import linear
+from moe_lora.routing import Plan, Routing
 from moe_lora.triton_backend import _Call, _Device, _Grid
 
 
@@ -53,20 +60,22 @@ class Shape:
 
     def __str__(self) -> str:
         times = f" x{self.members}" if self.members > 1 else ""
-        return f"{self.N}x{self.L} {self.D}->{self.F}{times} E{self.E} K{self.K} R{self.R}"
+        lora = "" if self.master == torch.float32 else " A,B " + str(self.master).removeprefix("torch.")
+        return f"{self.N}x{self.L} {self.D}->{self.F}{times} E{self.E} K{self.K} R{self.R}{lora}"
 
 
 SHAPES = (
     Shape(8, 1024, 4096, 4096),
-    Shape(8, 1024, 4096, 4096, members=3),
     Shape(8, 1024, 4096, 11008),
-    Shape(8, 1024, 4096, 11008, members=2),
     Shape(8, 1024, 2048, 2048),
     Shape(16, 110, 2048, 2048),
     Shape(8, 1024, 576, 576),
-    Shape(64, 1, 4096, 4096),
+    Shape(64, 1, 4096, 4096, master=torch.bfloat16),
+    Shape(8, 1, 4096, 4096, master=torch.bfloat16),
     Shape(8, 1, 4096, 4096),
-    Shape(1, 1, 4096, 4096),
+    Shape(1, 1, 4096, 4096, master=torch.bfloat16),
+    Shape(8, 1024, 4096, 4096, members=3),
+    Shape(8, 1024, 4096, 11008, members=2),
 )
 
 
@@ -99,6 +108,29 @@ def launches(shape: Shape, device: _Device, backward: bool) -> list[Launch]:
 def _each(name: str, size: int, members: int) -> dict[str, int]:
     """The same bytes by each member's argument: x_ptr, x1_ptr, x2_ptr."""
     return {f"{name}{m or ''}_ptr": size for m in range(members)}
+
+
+def decode(shape: Shape, blocks: int) -> Launch:
+    """The CUDA kernel's one launch on a device that holds so many of its blocks; every expert in use by eight rows."""
+    N, L, D, F, E, K, R = (getattr(shape, name) for name in ["N", "L", "D", "F", "E", "K", "R"])
+    T, b, m, used = N * L, shape.dtype.itemsize, shape.master.itemsize, _experts(shape)
+    call = cuda.divide(0, cuda.Sizes(T, D, F, N, L, E, K, R, D), 1.0, 0, blocks)
+    sizes, tiles, few = call.sizes, -(-F // 32), T <= 8
+    step = 128 if few else 64  # of D that a warp takes at a time, the block's four along D in turns
+    lengths = [min(sizes.span, D - split * sizes.span) for split in range(sizes.splits)]
+    turns = sum(-(-max(length - step * deep, 0) // (4 * step)) for length in lengths for deep in range(4))
+    rank_space = T * K * R
+    requested = {
+        "x": T * D * b * (2 * tiles + used),
+        "weight": D * F * b,
+        "lora_a": used * -(-T // 8) * D * R * m,
+        "lora_b": used * R * F * m * sizes.splits,
+        "y": T * F * b,
+        "h": rank_space * b,
+        "parts": 4 * sizes.slabs * rank_space * (1 + tiles) + (8 * sizes.splits * T * F if sizes.splits > 1 else 0),
+    }
+    moved = (T * D + D * F + T * F + rank_space) * b + used * R * (D + F) * m + 4 * call.workspace
+    return Launch("decode", 2 * tiles * 32 * turns * step * 8 * -(-T // 8), requested, moved)
 
 
 def _call(shape: Shape, device: _Device) -> _Call:
@@ -137,7 +169,7 @@ def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Laun
 
 
 def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
-    grid, T, b, m = call.grad_grid(D), call.T, shape.dtype.itemsize, shape.master.itemsize
+    grid, T, b, m = call.grad_grid(D, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     if call.instance:
         tiles = sum(
             -(-min(_up(-(-shape.L // grid.splits), grid.BLOCK_T), rest) // grid.BLOCK_T) for rest in _parts(shape, grid)
@@ -182,7 +214,7 @@ def microseconds(flops: float, moved: float, gpu: Gpu) -> float:
     return max(flops / gpu.operations / TENSOR_SHARE, moved / gpu.bandwidth / BANDWIDTH_SHARE) * 1e6
 
 
-def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, float]:
+def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, Any]:
     """Microseconds of the frozen linears and of ours, forward and forward + backward, and ratios.
 
     The base's backward is dx alone; of several members, which autograd adds up one after the other: `both_ratio`.
@@ -195,8 +227,14 @@ def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, float]:
         sum(microseconds(each.flops, each.moved, gpu) + launch for each in launches(shape, gpu.device, direction))
         for direction in (False, True)
     )
+    kernel = "triton"
+    if T <= 64 and members == 1 and gpu.device.backend == "cuda":
+        one = decode(shape, 2 * gpu.device.processors)
+        time = microseconds(one.flops, one.moved, gpu) + launch
+        forward, kernel = min((forward, kernel), (time, "cuda"))
     return {
         "base": members * base,
+        "forward_kernel": kernel,
         "forward": forward,
         "both": forward + backward,
         "forward_ratio": forward / (members * base),
@@ -210,7 +248,11 @@ def main() -> None:
     parser.add_argument("--launch", type=float, default=0.0, help="microseconds that each launch adds")
     parser.add_argument("--csv")
     parser.add_argument("--plot")
+    parser.add_argument("--launches", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
+    if arguments.launches or arguments.cpu:
+        return print_cpu() if arguments.cpu else print_launches(SHAPES[0], GPUS["H100"])
     table = [
         {"gpu": name, "shape": str(shape), **predict(shape, gpu, arguments.launch)}
         for name, gpu in GPUS.items()
@@ -219,11 +261,11 @@ def main() -> None:
     print(f"predicted, not measured: bf16, launch {arguments.launch} us, {TENSOR_SHARE:.0%} of peak operations and ")
     print(f"{BANDWIDTH_SHARE:.0%} of peak bandwidth; microseconds, then ratios to the frozen linears; the last")
     print("ratio, of xN linears of one x together, leaves out that autograd adds up the frozen ones' dx")
-    print(f"{'gpu':<7} {'shape':<32} {'base fwd':>9} {'ours fwd':>9} {'ratio':>6} {'fwd+bwd':>9} {'ratio':>6}")
+    print(f"{'gpu':<7} {'shape':<40} {'base fwd':>9} {'ours fwd':>16} {'ratio':>6} {'fwd+bwd':>9} {'ratio':>6}")
     for row in table:
-        forward = f"{row['base']:>9.1f} {row['forward']:>9.1f} {row['forward_ratio']:>6.2f}"
+        forward = f"{row['base']:>9.1f} {row['forward_kernel']:>6} {row['forward']:>9.1f} {row['forward_ratio']:>6.2f}"
         last = f" {row['product_ratio']:>6.3f}" if row["product_ratio"] != row["both_ratio"] else ""
-        print(f"{row['gpu']:<7} {row['shape']:<32} {forward} {row['both']:>9.1f} {row['both_ratio']:>6.3f}{last}")
+        print(f"{row['gpu']:<7} {row['shape']:<40} {forward} {row['both']:>9.1f} {row['both_ratio']:>6.3f}{last}")
     if arguments.csv:
         with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, table[0])
@@ -231,6 +273,55 @@ def main() -> None:
             writer.writerows(table)
     if arguments.plot:
         plot(arguments.plot, arguments.launch)
+
+
+def print_launches(shape: Shape, gpu: Gpu) -> None:
+    """Times by operations and by bytes; the longer counts, of the two expands only what the base would not take."""
+    T, F = shape.N * shape.L, shape.F
+    base = predict(shape, gpu)["base"]
+    print(f"{shape}, base {base:.1f} us each way: us by operations, us by bytes, added to forward + backward")
+    for each in (*launches(shape, gpu.device, False), *launches(shape, gpu.device, True)):
+        by = microseconds(each.flops, 0, gpu), microseconds(0, each.moved, gpu)
+        added = (max(by) - base * (each.kernel == "expand_kernel")) / (2 * base)
+        print(f"{each.kernel:<20} {by[0]:>7.1f} {by[1]:>7.1f} {added:>7.1%}")
+    # shrink of dy and dB in one pass: blocks of r rows and c columns, at least one a processor, leave partial sums
+    pieces = gpu.device.processors
+    partial = min(8 * shape.K * shape.R * (a * T + pieces / a * F) for a in range(1, pieces))
+    print(
+        f"ds and dB in one pass: saves {T * F * shape.dtype.itemsize / 1e6:.0f} MB, partial sums {partial / 1e6:.0f} MB"
+    )
+
+
+def print_cpu(rounds: int = 7) -> None:
+    """Forward on one thread in bf16: predicted ratios to F.linear beside measured ones, minima of rounds in turns."""
+    torch.set_num_threads(1)
+    shapes = (Shape(8, 256, 4096, 4096), Shape(8, 256, 2048, 2048), Shape(8, 256, 1024, 1024), Shape(8, 1, 4096, 4096))
+    shapes = tuple(replace(shape, master=torch.bfloat16) for shape in shapes)
+
+    def least(*runs: Callable[[], object]) -> list[float]:
+        times = [[milliseconds(run, torch.device("cpu")) for run in runs] for _ in range(rounds + 1)][1:]
+        return [min(each) / 1e3 for each in zip(*times, strict=True)]
+
+    x, weight, large = torch.randn(1024, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16(), torch.ones(1 << 26)
+    dense, read = least(lambda: torch.nn.functional.linear(x, weight), lambda: large.sum())
+    operations, bandwidth = 2 * 1024 * 4096**2 / dense, large.nbytes / read
+    print(f"one thread: {operations / 1e9:.0f} GFLOP/s of F.linear, {bandwidth / 1e9:.1f} GB/s of a sum; forward, bf16")
+    for shape in shapes:
+        T, D, F, low = shape.N * shape.L, shape.D, shape.F, shape.K * shape.R
+        x, weight = torch.randn(T, D).bfloat16(), torch.randn(F, D).bfloat16()
+        lora = torch.randn(shape.E, D, shape.R).bfloat16(), torch.randn(shape.E, shape.R, F).bfloat16()
+        experts = torch.stack([torch.randperm(shape.E)[: shape.K] for _ in range(shape.N)])
+        routing = Routing(experts, torch.rand(shape.N, shape.K))
+        base, ours = least(
+            lambda x=x, weight=weight: torch.nn.functional.linear(x, weight),
+            lambda x=x, weight=weight, lora=lora, routing=routing: linear(x, weight, None, *lora, routing),
+        )
+        moved = 2 * (T * D + D * F + T * F)
+        more = 2 * (_experts(shape) * shape.R * (D + F) + T * low)
+        predicted = max(2 * T * (D * F + low * (D + F)) / operations, (moved + more) / bandwidth)
+        predicted /= max(2 * T * D * F / operations, moved / bandwidth)
+        measured = ours / base
+        print(f"{shape!s:<40} predicted {predicted:.2f}, measured {measured:.2f} ({measured / predicted - 1:+.0%})")
 
 
 def plot(path: str, launch: float) -> None:

@@ -8,7 +8,6 @@
 Names of the parameters are those of ULIP's checkpoints, which load by path.
 """
 
-import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.func import functional_call
 from torch.nn.functional import linear
 
 from octavius.config import from_dict
@@ -243,13 +243,13 @@ def encode(
     if not clouds:
         return torch.zeros(0, model.features)
     model.eval()
-    model = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-    device = model.cls_token.device
+    device, state = model.cls_token.device, model.state_dict()
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     chunks = []
     for start in range(0, len(clouds), batch_size):
         objects = [(cloud, np.random.default_rng([seed, len(cloud)])) for cloud in clouds[start : start + batch_size]]
         points = torch.cat([prepare([cloud], model.config, rng) for cloud, rng in objects]).to(device)
-        chunks.append(model(points).float().cpu())
+        chunks.append(functional_call(model, state, (points,)).float().cpu())
     return torch.cat(chunks)
 
 

@@ -20,7 +20,7 @@ from tests import decode
 
 TARGETS = ("sm_80", "sm_90a", "sm_100a")
 CASES = (
-    Case((1,) * 3, 72, 45, 4, 2, 5),  # odd F and R; token routing
+    Case((1,) * 3, 136, 45, 4, 2, 5),  # odd F and R, a warp whose lanes have unlike shares of D; token routing
     Case((3, 0, 4, 1), 24, 33, 5, 1, 16, packed=True, experts=((4,), (0,), (1,), (4,))),  # unused experts
     Case((1,), 1032, 32, 3, 2, 33, bias=False),  # D in parts
     Case((7, 7), 40, 70, 4, 4, 3, experts=((0, 1, 2, 3), (3, 2, 1, 0))),  # all experts

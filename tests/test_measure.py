@@ -152,3 +152,26 @@ def test_self_check_prints_times(log, capsys):
     header, line = capsys.readouterr().out.strip().splitlines()
     assert header.split()[-4:] == ["slow", "quick", "reference", "auto"]
     assert line.startswith("2x3, 8 -> 8") and line.count("x)") == 4
+
+
+@pytest.mark.parametrize("takes, together", [(0.5, True), (9.0, False)], ids=["together", "apart"])
+def test_group_runs_together_where_that_is_faster(takes, together, log, monkeypatch):
+    def forward_group(x, weights, biases, lora_as, lora_bs, plan):
+        members = zip(weights, biases, lora_as, lora_bs, strict=True)
+        ys, hs = zip(*(reference.forward(x, *member, plan) for member in members), strict=True)
+        log.append("group")
+        return list(ys), list(hs)
+
+    slow = dispatch._BACKENDS["slow"]
+    slow.forward_group, slow.refuses_group = forward_group, lambda *_: None
+    monkeypatch.setitem(TIMES, "group", takes)
+    x, weight, bias, lora_a, lora_b, routing = arguments()
+    lists = ([weight] * 2, [bias] * 2, [lora_a] * 2, [lora_b] * 2)
+    moe_lora.linear_group(x, *lists, routing)
+    assert log.count("group") >= measure._WARM_UP + measure._ROUNDS
+    del log[:]
+    first, second = moe_lora.linear_group(x, *lists, routing)
+    assert log == (["group"] if together else ["quick", "quick"])
+    assert torch.equal(first, second)
+    found = moe_lora.explain(x, lists[0], lists[2], routing)
+    assert (found.backend, found.kernel) == (("slow", "2 together, slow") if together else ("quick", "one by one"))

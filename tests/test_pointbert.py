@@ -132,6 +132,14 @@ def test_memory_goes_with_the_chunk_and_results_do_not():
     assert encode(model, []).shape == (0, 24)
 
 
+def test_bfloat16_features_are_near_and_weights_stay(monkeypatch):
+    monkeypatch.setattr("octavius.pointbert.CHUNK", 3)  # 5 groups: a full chunk and a rest
+    model, objects = PointBert(replace(TINY, metric=True)).eval(), clouds(50, 8)
+    exact, rough = encode(model, objects), encode(model, objects, dtype=torch.bfloat16)
+    assert rough.dtype == torch.float32 and 0 < (exact - rough).norm() < 0.03 * exact.norm()
+    assert all(value.dtype != torch.bfloat16 for value in model.state_dict().values())
+
+
 def test_folder_round_trip(tmp_path):
     model = PointBert(TINY).eval()
     model.save(tmp_path)

@@ -98,20 +98,55 @@ def test_grouped_model_checkpointed_gives_the_same_gradients(reentrant, groups):
     assert groups == [3, 2] * 2 + [3, 2] * 4 + [3, 2] * 2
 
 
-def test_grouped_model_compiles():
+def operations(found):
+    """A compiler that runs the graph as it is and notes how many groups and single linears it has."""
+
+    def compiler(graph, _):
+        targets = [str(node.target) for node in graph.graph.nodes]
+        found.append([sum(target.endswith(name) for target in targets) for name in ("linear_group", "moe_lora.linear")])
+        return graph.forward
+
+    return compiler
+
+
+def test_grouped_model_compiles_whole():
+    model, found = llama(), []
+    compiled = torch.compile(model, fullgraph=True, backend=operations(found))
+    for routing in (ROUTING, Routing(ROUTING.experts.flip(0), ROUTING.gates)):
+        with moe_lora.route(compiled, routing), torch.no_grad():
+            torch.testing.assert_close(compiled(IDS).logits, model(IDS).logits)
+    assert found == [[4, 2]]
+    assert model.model.layers[0].self_attn.q_proj.slot.siblings is None
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "decoder-layers"])
+def test_grouped_model_compiled_gives_the_same_gradients(whole):
     model = llama()
     want = step(copy.deepcopy(model))
-    for got, expected in zip(step(torch.compile(model, fullgraph=True, backend="aot_eager")), want, strict=True):
+    for layer in [] if whole else model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager") if whole else model
+    for got, expected in zip(step(compiled), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_grouped_model_with_compiled_decoder_layers():
-    model = llama()
+def test_grouped_model_checkpointed_and_compiled():
+    model = llama().train()
     want = step(copy.deepcopy(model))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
+        layer.compile(backend="aot_eager", dynamic=True)
     for got, expected in zip(step(model), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_siblings_outside_transformers_run_alone():
+    torch.manual_seed(0)
+    model, found = moe_lora.apply(Attention(lambda x: x.mul_(2)), MoELoRAConfig(4, 2, 3, dropout=0)), []
+    compiled = torch.compile(model, fullgraph=True, backend=operations(found))
+    with moe_lora.route(model, ROUTING), torch.no_grad():
+        torch.testing.assert_close(compiled(torch.ones(4, 5, 8)), model(torch.ones(4, 5, 8)))
+    assert found == [[0, 3]]
 
 
 def test_grouped_model_copies_and_pickles(groups):

@@ -176,7 +176,7 @@ struct Stage {
     uint4 w[STEPS][2];
 
     // A lane's 16 bytes of each half of each step, to registers, or only as far as the second cache. `rows` points to
-    // the lane's place in the first half, of rows that `exist`, where `length` elements are left.
+    // the lane's place in the first half, where so many rows `exist`, of `length` elements from the quad's place on.
     template <bool TO_CACHE = false>
     __device__ void load(const X* rows, int exist, int d0, int length, const Sizes& z) {
 #pragma unroll
@@ -184,7 +184,7 @@ struct Stage {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const X* at = rows + static_cast<long long>(8 * i) * z.D + (d0 + 32 * step);
-                const bool exists = d0 + 32 * step < length && 8 * i < exist;
+                const bool exists = d0 + 32 * step + threadIdx.x % 4 * 8 < length && 8 * i < exist;
                 if (!TO_CACHE) w[step][i] = exists ? __ldcs(reinterpret_cast<const uint4*>(at)) : make_uint4(0, 0, 0, 0);
                 else if (exists) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
             }
@@ -213,7 +213,7 @@ __device__ void stream(
                 if (TILES > 1 && 8 * n >= z.T) break;
                 const X* at = x + static_cast<long long>(8 * n) * z.stride + d;
                 const uint4 v =
-                    d < length && t < z.T ? __ldg(reinterpret_cast<const uint4*>(at)) : make_uint4(0, 0, 0, 0);
+                    d + lane % 4 * 8 < length && t < z.T ? __ldg(reinterpret_cast<const uint4*>(at)) : make_uint4(0, 0, 0, 0);
                 product<X>(acc[n], a.x, b.x, a.y, b.y, v.x, v.y);
                 product<X>(acc[n], a.z, b.z, a.w, b.w, v.z, v.w);
             }
@@ -292,7 +292,7 @@ __device__ void decode(
 #pragma unroll 1
             for (int i = 0; i < AHEAD; i++)
                 Stage<X, STEPS>().template load<true>(
-                    rows, z.F - row, (i * DEEP + warp / WIDE) * 32 * STEPS, end - d, z);
+                    rows, z.F - row, (i * DEEP + warp / WIDE) * 32 * STEPS, end - begin, z);
             routes.find(experts, gates, offsets, z, &total);
             shrink(x, lora_a, parts, routes, sums, z);
             if (z.splits == 1) token = grid.barrier_arrive();
@@ -300,7 +300,7 @@ __device__ void decode(
         __syncthreads();
         fetch_b(lora_b, b, routes, 0, f0, z);
         stream<X, TILES, STEPS>(
-            x + static_cast<long long>(lane / 4) * z.stride + d, rows, z.F - row, end - d, sums, z);
+            x + static_cast<long long>(lane / 4) * z.stride + d, rows, z.F - row, end - begin, sums, z);
         __syncthreads();
         const bool inside = f0 + lane < z.F;
         for (int t = warp; t < z.T; t += WARPS) {

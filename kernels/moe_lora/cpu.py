@@ -46,15 +46,15 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
 
 def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
     """The kernel that would run, and why."""
-    T = x.shape[:-1].numel()
+    T, most = x.shape[:-1].numel(), _C.few_rows
     reasons = {
-        f"T = {T} > {_C.few_rows}": _C.few_rows < T,
+        f"T = {T} > {most}": most < T,
         "dropout": bool(plan.dropout),
         "the weight is transposed": weight.stride(1) != 1,
     }
     against = [reason for reason, holds in reasons.items() if holds]
     name = "tiles" if against else "few_rows"
-    return f"{name} ({_C.instructions()})", " and ".join(against) or f"T = {T} <= {_C.few_rows}"
+    return f"{name} ({_C.instructions()})", " and ".join(against) or f"T = {T} <= {most}"
 
 
 def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:

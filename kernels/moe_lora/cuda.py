@@ -163,10 +163,10 @@ def shared_bytes(T: int, E: int, K: int) -> int:
 
 
 def divide(kernel: int, sizes: Sizes, scale: float, shared: int, blocks: int) -> Launch:
-    """Columns of y to `blocks` blocks that run at a time, with D in parts if there are few; pieces of the shrink."""
+    """Columns of y to the device's blocks, with D in parts if they would fill less than half; pieces of the shrink."""
     T, D, F, K, R = sizes.T, sizes.D, sizes.F, sizes.K, sizes.R
     tiles = _cdiv(F, _COLUMNS)
-    sizes.span = _up(_cdiv(D, max(1, min(blocks // tiles, D // 512))), 64)
+    sizes.span = _up(_cdiv(D, max(1, min(blocks // 2 // tiles, D // 512))), 64)
     sizes.splits = _cdiv(D, sizes.span)
     units = tiles * sizes.splits
     grid = _cdiv(units, _cdiv(units, blocks))

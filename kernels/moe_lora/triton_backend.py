@@ -372,7 +372,8 @@ class _Call:
         """dB like lora [E, R, D] of h and dy; transposed, dA like lora [E, D, R] of ds and x, of each member."""
         D = x.shape[1]
         grads = [torch.empty(lora.shape, dtype=lora.dtype, device=lora.device) for lora in loras]
-        grid, members = self.grad_grid(D), len(loras)
+        members = len(loras)
+        grid = self.grad_grid(D, members)
         outs = grads
         if grid.splits > 1:
             outs = [x.new_empty(grid.splits, *grad.shape, dtype=torch.float32) for grad in grads]
@@ -389,12 +390,15 @@ class _Call:
         )  # fmt: skip
         return grads if grid.splits == 1 else [self._summed(out, grad) for out, grad in zip(outs, grads, strict=True)]
 
-    def grad_grid(self, D: int) -> _Grid:
+    def grad_grid(self, D: int, members: int = 1) -> _Grid:
         block_t, block_d = self._half_or(64 if self._hopper() else 32, 32), self._half_or(64, 32)
-        blocks, groups = _cdiv(D, block_d), _cdiv(self.E * self.rank, self.columns)
+        columns = self.columns
+        if members > 1 and self.device.backend == "hip":  # the sums of three would spill on gfx1100
+            columns = max(self.rank, columns // 2)
+        blocks, groups = _cdiv(D, block_d), _cdiv(self.E * self.rank, columns)
         longest = self.L if self.instance and not self.packed else self.T
         splits = max(1, min(self.device.processors // (blocks * groups), longest // (4 * block_t)))
-        return _Grid(blocks, groups, splits, self.columns, block_t, block_d)
+        return _Grid(blocks, groups, splits, columns, block_t, block_d)
 
     def gate_grad(self, ds: Tensor, h: Tensor) -> Tensor:
         dgates = torch.empty(self.gates.shape, dtype=self.gates.dtype, device=self.gates.device)
