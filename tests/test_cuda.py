@@ -105,7 +105,8 @@ def test_refusals_say_why():
     assert "x must be float16 or bfloat16, got torch.float32" in reason(x=x.float())
     assert "lora_a must be torch.float16 like x or float32, got torch.float64" in reason(lora_a=lora_a.double())
     assert "it is for 1 to 64 rows, got 66" in reason(x=torch.zeros(2, 33, 16).half())
-    assert "its rows multiples of 16 bytes, got D = 12" in reason(weight=torch.zeros(4, 12).half())
+    odd = {"x": torch.zeros(2, 3, 12).half(), "weight": torch.zeros(4, 12).half(), "lora_a": torch.zeros(2, 12, 4)}
+    assert "its rows multiples of 16 bytes, got D = 12" in reason(**odd)
     assert "it is for at most rank 256" in reason(lora_a=torch.zeros(2, 16, 300))
     assert "x is on meta, not on a cpu device" in reason(x=x.to("meta"))
 
