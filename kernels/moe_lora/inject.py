@@ -22,8 +22,8 @@ def apply(model: nn.Module, config: MoELoRAConfig, group: bool = True) -> nn.Mod
     Args:
         group: compute q_proj, k_proj and v_proj of a causal attention together, and gate_proj and up_proj, by
             `linear_group`, if all of them are targets. Names, parameters and results stay as they are; the siblings
-            share a dropout mask. Each layer runs alone in inference mode, and where code outside transformers is
-            compiled: a change of x between the calls could not be seen.
+            share a dropout mask. In a compiled graph and in inference mode, where a change of x between the calls
+            could not be seen, each layer runs alone.
 
     Returns:
         The model.
@@ -51,7 +51,7 @@ def _group(parent: nn.Module, slot: RouteSlot) -> None:
         layers = [parent._modules.get(name) for name in names]
         causal = names[0] != "q_proj" or getattr(parent, "is_causal", False)
         if causal and all(isinstance(layer, MoELoRALinear) for layer in layers) and len(set(layers)) == len(layers):
-            hooks = _Together(slot, names, type(parent).__module__.startswith("transformers."))
+            hooks = _Together(slot, names)
             parent.register_forward_pre_hook(hooks.before)
             parent.register_forward_hook(hooks.after, always_call=True)
 
@@ -59,16 +59,19 @@ def _group(parent: nn.Module, slot: RouteSlot) -> None:
 class _Together:
     """Hooks of a parent: while its forward runs, the layers of these names are computed together."""
 
-    def __init__(self, slot: RouteSlot, names: tuple[str, ...], trusted: bool):
-        self.slot, self.names, self.trusted = slot, names, trusted
+    def __init__(self, slot: RouteSlot, names: tuple[str, ...]):
+        self.slot, self.names = slot, names
 
     def before(self, parent: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():  # a change of x in place between the calls could not be seen
+            return
         layers = [parent._modules.get(name) for name in self.names]
         mine = [layer for layer in layers if type(layer) is MoELoRALinear and layer.slot is self.slot]
-        self.slot.siblings = Siblings(mine, self.trusted) if len(mine) > 1 else None
+        self.slot.siblings = Siblings(mine) if len(mine) > 1 else None
 
     def after(self, *_: Any) -> None:
-        self.slot.siblings = None
+        if not torch.compiler.is_compiling():
+            self.slot.siblings = None
 
 
 def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear]:

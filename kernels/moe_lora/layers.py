@@ -104,7 +104,7 @@ class MoELoRALinear(nn.Module):
                     "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in "
                     "the same thread, or pass routing="
                 )
-        siblings = self.slot.siblings
+        siblings = None if torch.compiler.is_compiling() else self.slot.siblings
         y = siblings.output(self, x, routing) if siblings is not None else None
         if y is not None:
             return y
@@ -124,21 +124,19 @@ class Siblings:
 
     One is made for each run of the parent's forward (see `inject.py`) and dropped after it. A layer gets what was
     computed for it if it is called with that very x, not changed since, and the same routing and modes; otherwise it
-    runs alone. While compiling, where changes of x cannot be seen, the parent must be `trusted` to make none.
+    runs alone.
     """
 
-    def __init__(self, layers: list[MoELoRALinear], trusted: bool):
-        self.layers, self.trusted = layers, trusted
+    def __init__(self, layers: list[MoELoRALinear]):
+        self.layers = layers
         self.waiting: dict[MoELoRALinear, Tensor] = {}
         self.call: tuple = ()
 
     def output(self, layer: MoELoRALinear, x: Tensor, routing: Routing) -> Tensor | None:
         """y of the layer; None if it must run alone."""
-        compiling = torch.compiler.is_compiling()
-        if layer not in self.layers or (not self.trusted if compiling else x.is_inference()):
-            return None  # inference tensors do not count their changes
-        version = 0 if compiling else x._version
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training, version)
+        if layer not in self.layers or x.is_inference():  # inference tensors do not count their changes
+            return None
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training, x._version)
         if not self.waiting and all(_alike(layer, other) for other in self.layers):
             ys = linear_group(
                 x,

@@ -27,7 +27,7 @@ KINDS = {  # words of the names of examples
     "scan": ["scan", "recurrence"],
     "sort": ["sort", "top k"],
     "histogram": ["histogram"],
-    "atomics": ["atomics", "split k", "lock"],
+    "atomics": ["atomics", "split k", "with a lock"],
     "persistent": ["persistent"],
 }
 
@@ -38,10 +38,9 @@ def kinds(name: str) -> str:
 
 def table(only: str | None) -> bool:
     print(f"{'kernel':24} {'kinds':28} {'tolerance':>9} " + " ".join(f"{f'sm_{t}':>8}" for t in TARGETS))
+    chosen = [example for example in EXAMPLES if not only or only in example.name]
     right = True
-    for example in EXAMPLES:
-        if only and only not in example.name:
-            continue
+    for example in chosen:
         cells = []
         for target in TARGETS:
             if target not in example.targets:
@@ -51,6 +50,7 @@ def table(only: str | None) -> bool:
             right &= worst <= example.tolerance
             cells.append(f"{worst:8.1e}")
         print(f"{example.name:24} {kinds(example.name):28} {example.tolerance:9.0e} " + " ".join(cells), flush=True)
+    print(f"{len(chosen)} kernels, {'all within' if right else 'some beyond'} their tolerance")
     return right
 
 
