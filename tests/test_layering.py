@@ -30,7 +30,7 @@ LAYERS = (  # lowest first; modules of one layer do not import each other
     ("moe_lora",),
     ("moe_lora.__main__", "octavius"),
     ("octavius.convert", "octavius.metrics", "octavius.questions", "octavius.scenes", "octavius.faces"),
-    ("octavius.points", "octavius.facts"),
+    ("octavius.points", "octavius.facts", "octavius.attention"),
     ("octavius.assets", "octavius.stamps", "octavius.config", "octavius.prompts", "octavius.render"),
     ("octavius.furniture", "octavius.candidates", "octavius.pointbert", "octavius.scan2inst", "octavius.report"),
     (

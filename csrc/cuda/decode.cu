@@ -139,7 +139,7 @@ __device__ void shrink(
             }
             __syncthreads();
             const A* a = lora_a + (static_cast<long long>(e) * z.D + first) * z.R + r;
-#pragma unroll 2
+#pragma unroll 1
             for (int d = 4 * phase; d < min(CHUNK, end - first); d += 4 * phases) {
                 float value[4];
 #pragma unroll
