@@ -243,7 +243,7 @@ class Octavius(nn.Module):
             loss = loss + self.settings.gate.load_balancing * self._balance(routed) * (rows.numel() / items)
         return {"loss": loss, "gates": routed.weights(len(input_ids))}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         input_ids: torch.Tensor,
