@@ -19,12 +19,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from octavius.aggregation import SceneProjector
+from octavius.aggregation import Attention, SceneProjector
 from octavius.data import Record
 from octavius.encoders import FeatureStore
 from octavius.objects import ObjectStore, Region
@@ -241,8 +242,8 @@ def _focus(scene: SceneProjector, batch: dict[str, Tensor]) -> None:
     mask, boxes = batch["object_mask"], batch["boxes"]
     objects = batch["objects"].float() + scene.pos_3d_proj(boxes)
     mean, std = objects[mask].mean(0), objects[mask].std(0) + 1e-2
-    cross = scene.resampler_3d.cross_attn[0]
-    q, k, v = (cross.attention[name] for name in ("fc_q", "fc_k", "fc_v"))  # type: ignore[index]
+    cross = cast(Attention, scene.resampler_3d.cross_attn[0])
+    q, k, v = (cast(nn.Linear, cross.attention[name]) for name in ("fc_q", "fc_k", "fc_v"))
     for part in (q, k):
         head = part.weight[: len(part.weight) // cross.heads].clone()
         part.weight.copy_(head.repeat(cross.heads, 1))

@@ -24,7 +24,7 @@ class Example:
     meta: dict = field(default_factory=dict)
     targets: tuple[int, ...] = (80, 90, 100)
 
-    def run(self, launch, target: int, **options) -> tuple[dict[str, float], object]:
+    def run(self, launch, target: int, **options) -> tuple[dict[int, float], object]:
         """Launch; returns the error of each output over its tolerance's scale, and the profile."""
         grid, args, expected = self.make(np.random.default_rng(0))
         profile = launch(self.kernel, grid, *args, target=target, **self.meta, **options)
