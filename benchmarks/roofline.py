@@ -142,13 +142,27 @@ def _call(shape: Shape, device: _Device) -> _Call:
 def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
     grid, T, b, m = call.shrink_grid(D, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     columns = (shape.K if call.instance else shape.E) * shape.R  # that exist
-    flops = 2 * members * grid.programs * grid.groups * grid.BLOCK_T * _up(D, grid.BLOCK_D) * grid.C
+    flops = (
+        2
+        * _twice(call, grid.BLOCK_T, members)
+        * members
+        * grid.programs
+        * grid.groups
+        * grid.BLOCK_T
+        * _up(D, grid.BLOCK_D)
+        * grid.C
+    )
     out = T * shape.K * shape.R * (b if grid.splits == 1 else 4 * grid.splits)
     requested = {"x_ptr": T * D * b * grid.groups, **_each("h", out, members)}
     requested |= _each("lora", grid.programs * columns * D * m, members)
     moved = T * D * b + members * (_experts(shape) * D * shape.R * m + out)
     first = Launch("shrink_kernel", flops, requested, moved)
     return [first, *_sum(T * shape.K * shape.R, grid, b) * members]
+
+
+def _twice(call: _Call, rows: int, members: int) -> int:
+    """2 where two of a group's eight warps, of sixteen rows each, make the same products; wgmma shares them out."""
+    return 2 if members > 1 and rows == 64 and call.device.backend == "cuda" and not call._hopper() else 1
 
 
 def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Launch:
@@ -185,7 +199,9 @@ def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
         **_each("out", out, members),
     }
     moved = T * D * b + members * (rank_space + out)
-    flops = 2 * members * grid.programs * grid.BLOCK_D * tiles * grid.BLOCK_T * grid.C
+    flops = (
+        2 * _twice(call, grid.BLOCK_D, members) * members * grid.programs * grid.BLOCK_D * tiles * grid.BLOCK_T * grid.C
+    )
     return [Launch("expert_grad_kernel", flops, requested, moved), *_sum(size, grid, m) * members]
 
 

@@ -52,7 +52,7 @@ def test_installed_packages_bring_their_data(site):
     engine, model, presets, rest = done.stdout.splitlines()
     assert Path(engine) == site / "moe_lora/__init__.py" and Path(model) == site / "octavius/__init__.py"
     assert presets.split() == sorted(path.stem for path in (ROOT / "octavius/configs").glob("*.yaml"))
-    assert rest == "4 True"
+    assert rest == "6 True"
 
 
 def test_every_module_and_data_file_is_installed(site):
