@@ -106,7 +106,7 @@ def computed_by(model: torch.nn.Module, name: str) -> Iterator[None]:
         return
     layers = [module for module in model.modules() if isinstance(module, moe_lora.MoELoRALinear)]
     for layer in layers:
-        layer.forward = partial(form, layer)
+        layer.forward = partial(form, layer)  # type: ignore[method-assign, assignment]
     yield
     for layer in layers:
         del layer.forward

@@ -127,8 +127,8 @@ def forward(
     h = x.new_empty(sizes.T, sizes.K * sizes.R)
     parts = x.new_empty(call.workspace, dtype=torch.float32)
     lora = [tensor.to(lora_a.dtype).contiguous() for tensor in (lora_a, lora_b)]
-    route = [plan.experts.contiguous(), plan.gates.float().contiguous()]
-    route.append(None if plan.offsets is None else plan.offsets.contiguous())
+    offsets = None if plan.offsets is None else plan.offsets.contiguous()
+    route = [plan.experts.contiguous(), plan.gates.float().contiguous(), offsets]
     found = library()
     assert isinstance(found, Library)
     tensors = [rows, weight, None if bias is None else bias.contiguous(), *lora, *route, y, h, parts]
