@@ -22,6 +22,7 @@ from itertools import chain
 from typing import cast
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -38,6 +39,7 @@ SIDES = 0.5  # length of the directions that say places, in lengths of a text em
 TOUCH = 0.01  # of the picture: an object that reaches less far into a token's cell is not in it
 LOUDNESS = 6.0  # standard deviation of the LLM's picture tokens, in that of its text embeddings
 KEPT = 0.5  # share of the random start that stays, so that all else that the tower sees comes through too
+KEPT_OF_SCENES = 2.0  # the same of scenes, whose colours else drown in names and places
 RECORDS = 3000  # of each kind, at most
 FOCUS = 4.0  # standard deviation of a query's attention scores over the objects of a scene
 SCENES = 1000  # at most
@@ -128,6 +130,7 @@ def _meanings(answers: list[list[int]], table: Tensor) -> Tensor:
     rarity = torch.zeros(len(table))
     for token, count in seen.items():
         rarity[token] = math.log(len(answers) / count)
+    answers = [list(dict.fromkeys(answer)) for answer in answers]  # what is said twice means no more
     means = torch.stack([rarity[answer] @ table[answer] / rarity[answer].sum().clamp(min=1e-6) for answer in answers])
     return means - means.mean(0)
 
@@ -220,42 +223,54 @@ def align_scenes(
     regions = [*list(whole)[:SCENES], *list(said)[: 2 * SCENES]]
     was_training = scene.training
     scene.eval()
-    _focus(scene, store(regions[: min(len(whole), 256)]))
+    _focus(scene, store(list(said)), torch.stack(list(meanings.values())))
     looks = [_look(scene, store, regions[i : i + CHUNK], meanings) for i in range(0, len(regions), CHUNK)]
     scene.train(was_training)
     seen, words, known, boxes = (torch.cat(column) for column in zip(*looks, strict=True))
     x = seen - seen.mean(0)
     D = table.shape[1]
     places = ((boxes - boxes.mean(0)) / boxes.std(0).clamp(min=1e-3)) @ _directions(6, D) * table.std() * D**0.5
-    solved = _ridge(iter([(x, words, known)]), x.shape[1], D) + _ridge(iter([(x, places, 1.0)]), x.shape[1], D)
+    solved = [_ridge(iter([rows]), x.shape[1], D) for rows in ((x, words, known), (x, places, 1.0))]
+    solved = sum(part / (x @ part).std() for part in solved)  # as loud as each other
     linear, norm = scene.llama_proj_3d
     assert isinstance(linear, nn.Linear) and isinstance(norm, nn.LayerNorm)
-    start = KEPT * linear.weight / (x @ linear.weight.T).std() + LOUDNESS * solved.T / (x @ solved).std()
+    start = KEPT_OF_SCENES * linear.weight / (x @ linear.weight.T).std() + LOUDNESS * solved.T / (x @ solved).std()
     linear.weight.copy_(start)
     linear.bias.copy_(-start @ seen.mean(0))
     norm.weight.fill_(LOUDNESS * table.std())
     norm.bias.copy_(mean)
 
 
-def _focus(scene: SceneProjector, batch: dict[str, Tensor]) -> None:
-    """Standardise what the first cross-attention reads; give its heads one view, that of about one object a query."""
-    mask, boxes = batch["object_mask"], batch["boxes"]
-    objects = batch["objects"].float() + scene.pos_3d_proj(boxes)
-    mean, std = objects[mask].mean(0), objects[mask].std(0) + 1e-2
+def _focus(scene: SceneProjector, batch: dict[str, Tensor], meanings: Tensor) -> None:
+    """Have each query of the first cross-attention look for objects of one kind, and its values be standardised.
+
+    The kinds are clusters of what is said of single objects. A ridge classifier from what the attention reads to the
+    kinds is split into keys and queries, the same for all heads.
+
+    Args:
+        batch: of single objects.
+        meanings: [n, D] of the same.
+    """
     cross = cast(Attention, scene.resampler_3d.cross_attn[0])
     q, k, v = (cast(nn.Linear, cross.attention[name]) for name in ("fc_q", "fc_k", "fc_v"))
-    for part in (q, k):
-        head = part.weight[: len(part.weight) // cross.heads].clone()
-        part.weight.copy_(head.repeat(cross.heads, 1))
+    queries = scene.resampler_3d.query_embed.weight  # [Q, C]
+    objects = (batch["objects"].float() + scene.pos_3d_proj(batch["boxes"]))[:, 0]
+    mean, std = objects.mean(0), objects.std(0) + 1e-2
+    x = (objects - mean) / std
+    kinds = KMeans(min(len(queries), len(x)), n_init=1, random_state=0).fit_predict(meanings.numpy())
+    target = nn.functional.one_hot(torch.from_numpy(kinds).long(), len(queries)) - 1 / len(queries)
+    classifier = _ridge(iter([(x, target, 1.0)]), x.shape[1], len(queries))
+    classifier *= FOCUS / (x @ classifier).std(0).mean()
+    left, strength, right = torch.linalg.svd(classifier, full_matrices=False)
+    size = len(q.weight) // cross.heads  # of a head; queries beyond it share directions
+    keys = nn.functional.pad((left * strength)[:, :size], (0, max(0, size - len(strength))))  # [C, size]
+    picks = nn.functional.pad(right.T[:, :size], (0, max(0, size - len(strength)))) * size**0.5  # [Q, size]
+    q.weight.copy_((torch.linalg.pinv(queries) @ picks).T.repeat(cross.heads, 1))
+    q.bias.zero_()
+    k.weight.copy_((keys / std[:, None]).T.repeat(cross.heads, 1))
+    v.weight.div_(std)
     for part in (k, v):
-        part.weight.div_(std)
         part.bias.copy_(-part.weight @ mean)
-    size = len(q.weight) // cross.heads
-    scores = q(scene.resampler_3d.query_embed.weight)[:, :size] @ k(objects)[..., :size].transpose(1, 2) / size**0.5
-    count = mask.sum(1)[:, None]  # of the objects, [N, 1]
-    scores = scores * mask[:, None]
-    spread = ((scores - (scores.sum(2) / count)[..., None]) * mask[:, None]).square().sum(2) / count  # [N, Q]
-    q.weight.mul_(FOCUS / spread.mean().sqrt())
 
 
 def _look(
