@@ -118,7 +118,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.clock = time.thread_time if options.threads == 1 else time.perf_counter
-        config = load_config("demo")
+        config = load_config("mini-2d", ["data.root=mini-lamm:demo"])
         self.ours = Octavius.from_config(config.model)
         names = options.providers
         theirs = {name: Peft(self.ours, name == "peft-usual") for name in names if name.startswith("peft")}

@@ -203,6 +203,16 @@ def test_cpu_strided_tensors(dtype, lengths):
 
 
 @needs_native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_cpu_runs_on_torchs_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = cpu._C.threads()
+    torch.set_num_threads(before)
+    assert found == threads
+
+
+@needs_native
 def test_cpu_called_by_many_threads_at_once():
     case = Case((91, 91), 200, 130, 4, 2, 16)
     inputs = make(case, torch.bfloat16)
@@ -243,7 +253,7 @@ def test_cpu_after_fork():
     code = """
 import os, torch, moe_lora
 from moe_lora.check import Case, make
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 case = Case((91, 91), 70, 130, 4, 2, 32)
 inputs = make(case, torch.bfloat16)
 run = lambda: moe_lora.linear(*inputs[:6], backend="cpu")

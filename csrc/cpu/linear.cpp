@@ -1,8 +1,10 @@
 // moe_lora._C: the forward and backward of moe_lora::linear and linear_group on the CPU. The checks are at the ops.
 #include <ATen/Parallel.h>
+#include <pthread.h>
 #include <torch/extension.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -191,10 +193,38 @@ std::vector<float> total_gates(const Call& call, const Plan& plan) {
   return out;
 }
 
-void each(int64_t count, const std::function<void(int64_t)>& task) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+using Task = std::function<void(int64_t)>;
+
+bool forked = false;  // a forked child has none of OpenMP's threads, and would wait for them for ever
+
+// begin and end of as many runs of tasks as torch has threads, each on one of them
+void split(int64_t count, const std::function<void(int64_t, int64_t)>& run) {
+  if (forked)
+    run(0, count);
+  else
+    at::parallel_for(0, count, 1, run);
+}
+
+// Every task once, each thread a run of them one after the other: for tasks that stream adjacent memory.
+void runs(int64_t count, const Task& task) {
+  split(count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i);
   });
+}
+
+// The same, each thread taking the next one: for few and unequal tasks.
+void each(int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  split(std::min<int64_t>(count, at::get_num_threads()), [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+  });
+}
+
+// How many threads take part: one where the extension was built without OpenMP.
+int threads() {
+  std::atomic<int> count{0};
+  split(at::get_num_threads(), [&](int64_t, int64_t) { count += 1; });
+  return count;
 }
 
 // Panels of the experts' columns, for a shrink.
@@ -286,7 +316,7 @@ Tensor few_packed(const Tensor& rows) {
     return packed;
   }
   const Source all{{data<E>(rows), rows.stride(0), sizeof(E) == 2 ? Kind::kBf16 : Kind::kFloat}, 0, true, nullptr};
-  each((T + kLanes - 1) / kLanes, [&](int64_t i) {
+  runs((T + kLanes - 1) / kLanes, [&](int64_t i) {
     kernels<E>().pack(all, 0, i * kLanes, std::min<int64_t>(kLanes, T - i * kLanes), D, out + i * kLanes * words);
   });
   return packed;
@@ -331,7 +361,7 @@ void few_forward(const Call& call, const Tensor& rows, const Plan& plan, std::ve
     for (int64_t first = 0; first < job.F; first += kFewColumns) tasks.emplace_back(m, first);
     jobs.push_back(job);
   }
-  each(members * used * splits, [&](int64_t i) {
+  runs(members * used * splits, [&](int64_t i) {
     kernels<E>().few_shrink(jobs[i / splits / used], int(i / splits % used), i % splits);
   });
   const std::vector<float> gates = total_gates(call, plan);
@@ -341,7 +371,7 @@ void few_forward(const Call& call, const Tensor& rows, const Plan& plan, std::ve
       for (int64_t i = 0; i < size; ++i) sum[i] += sum[split * size + i];
     few_fold(call, plan, gates, sum, hs[m]);
   }
-  each(int64_t(tasks.size()), [&](int64_t i) { kernels<E>().few_rows(jobs[tasks[i].first], tasks[i].second); });
+  runs(int64_t(tasks.size()), [&](int64_t i) { kernels<E>().few_rows(jobs[tasks[i].first], tasks[i].second); });
 }
 
 // Weights and biases as the kernels take them.
@@ -559,10 +589,12 @@ void* scratch(int which, int64_t bytes) {
 }  // namespace moe_lora
 
 PYBIND11_MODULE(_C, m) {
+  pthread_atfork(nullptr, nullptr, [] { moe_lora::forked = true; });
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("forward", &moe_lora::forward, release());
   m.def("backward", &moe_lora::backward, release());
   m.attr("few_rows") = moe_lora::kFewRows;
+  m.def("threads", &moe_lora::threads, release());
   m.def("instructions", &moe_lora::instructions);
   m.def("all_instructions", &moe_lora::all_instructions);
   m.def("use_instructions", &moe_lora::use_instructions);
