@@ -264,7 +264,8 @@ class Octavius(nn.Module):
             the answers, and [N, E] the weight of every expert.
         """
         embeds = self.embed(input_ids, features, objects, boxes, object_mask)
-        with self.routed(embeds, gate_mask, attention_mask) as routed:
+        eager = torch.compiler.set_stance("force_eager")  # layers compiled for training would compile anew for each length
+        with eager, self.routed(embeds, gate_mask, attention_mask) as routed:
             ids = self.llm.generate(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,

@@ -29,6 +29,7 @@ from octavius.upstream3d import read_layout, read_pickle
 EMBEDDED = {"mini-lamm": minilamm.build, "mini-scan2inst": rooms.build}
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 DONE = "train.json"  # what a finished run leaves
+ALIGNED_RATE = 0.1  # of the learning rate, for projectors that start in closed form: more would unlearn the start
 CALIBRATION = 256  # pictures that the projector's statistics come from
 
 
@@ -117,6 +118,7 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         train_dataset=data,
         data_collator=Collator(model.conversation.eos, stores.pictures, objects=stores.scenes),
     )
+    trainer.aligned = config.train.align
     result = trainer.train(resume_from_checkpoint=True if last else None)
     model.save(output)
     log = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
@@ -194,9 +196,26 @@ def training_arguments(config: Config) -> TrainingArguments:
 
 
 class OctaviusTrainer(Trainer):
-    """Trainer that saves and loads what trains, not the frozen LLM, and counts the tokens that it trains on."""
+    """Trainer that saves and loads what trains, not the frozen LLM, and counts the tokens that it trains on.
+
+    With `aligned` the projectors have parameter groups of their own, at ALIGNED_RATE of the learning rate.
+    """
 
     tokens = 0
+    aligned = False
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        names = ("projector.", "scene.") if self.aligned else ()
+        slow = {id(p) for name, p in self.model.named_parameters() if name.startswith(names)}  # type: ignore[union-attr]
+        for group in list(optimizer.param_groups):
+            some = [p for p in group["params"] if id(p) in slow]
+            if some:
+                group["params"] = [p for p in group["params"] if id(p) not in slow]
+                optimizer.add_param_group({**group, "params": some, "lr": ALIGNED_RATE * group["lr"]})
+        return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tokens += int(inputs["attention_mask"].sum())

@@ -238,3 +238,25 @@ def test_alignment_is_where_training_starts(parts, tmp_path):
     table = fresh.llm.get_input_embeddings().weight
     assert not torch.equal(model.projector.positions, fresh.projector.positions)
     assert torch.allclose(model.projector.net[0].bias, table.mean(0), atol=1e-6)
+
+
+def test_aligned_projectors_learn_at_a_tenth_of_the_rate(parts, tmp_path):
+    config = run_config(parts, tmp_path)
+    model = Octavius.from_config(config.model)
+    trainer = OctaviusTrainer(model=model, args=training_arguments(config))
+    trainer.aligned = True
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sorted(rates) == sorted(map(id, trainable.values()))
+    for name, p in trainable.items():
+        assert rates[id(p)] == pytest.approx(1e-3 if name.startswith("projector.") else 1e-2), name
+    assert trainer.create_optimizer() is optimizer
+
+
+def test_answers_of_a_compiled_model_compile_nothing(parts, tmp_path):
+    model, _ = train(run_config(parts, tmp_path, compile=True, steps=1))
+    records, store = load_data(model, run_config(parts, tmp_path), "train.json")
+    torch._dynamo.utils.counters.clear()
+    answer(model, records, store, max_new_tokens=3)
+    assert not torch._dynamo.utils.counters["stats"]
