@@ -39,20 +39,21 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
     folder = Path(config.train.output)
     with _single_lora(config, folder / "lora", resume) if baseline else nullcontext():
         model, report, scores, zeroshot, records, answers, stores = _train_and_score(config, folder / "model", resume)
-    metrics = {
-        "run": _conditions(config, model, report, answers),
-        "scores": {"moe": scores[0], "blind": scores[1]},
-        "zeroshot": {"moe": zeroshot[0], "blind": zeroshot[1]},
-    }
+        metrics = {
+            "run": _conditions(config, model, report, answers),
+            "scores": {"moe": scores[0], "blind": scores[1]},
+            "zeroshot": {"moe": zeroshot[0], "blind": zeroshot[1]},
+        }
+        write_answers(folder / "answers.jsonl", records, answers)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))  # kept, however the other process ends
     routing = routing_map(records, answers.weights)
-    write_answers(folder / "answers.jsonl", records, answers)
     losses = {"LoRA-MoE": report["loss"]}
     if baseline:
         single = json.loads((folder / "lora/metrics.json").read_text())
         for split in ("scores", "zeroshot"):
             metrics[split]["lora"] = single[split]["moe"]
         losses["LoRA"] = json.loads((folder / "lora/model" / DONE).read_text())["loss"]
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     samples = _samples(records, answers)
     if stores.scenes:
         _draw(samples, model, stores.scenes, folder / "scenes")
