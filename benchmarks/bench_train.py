@@ -12,7 +12,8 @@ Prints tokens (padding not counted) per second, median, 20th and 80th percentile
 ratio to `frozen` in each step; and new tokens per second of greedy generation for a batch of prompts. The providers run
 in turn in one process; one thread is timed by its own CPU time, more by the wall.
 
-Usage: python benchmarks/bench_train.py [--steps 6] [--batch 8] [--new 24] [--threads 1] [--compile] [--providers ...]
+Usage: python benchmarks/bench_train.py [--steps 6] [--batch 8] [--new 24] [--threads 1] [--compile]
+           [--plain-malloc] [--providers ...]
 """
 
 import argparse
@@ -118,7 +119,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.clock = time.thread_time if options.threads == 1 else time.perf_counter
-        config = load_config("mini-2d", ["data.root=mini-lamm:demo"])
+        config = load_config("mini-2d", ["data.root=mini-lamm:smoke"])
         self.ours = Octavius.from_config(config.model)
         names = options.providers
         theirs = {name: Peft(self.ours, name == "peft-usual") for name in names if name.startswith("peft")}
@@ -169,12 +170,14 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=24, help="tokens that each prompt is answered with")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="ours with train.compile, as `make mini` trains")
+    parser.add_argument("--plain-malloc", action="store_true", help="without `keep_freed_memory`, as others train")
     parser.add_argument("--providers", nargs="*", default=list(PROVIDERS), choices=PROVIDERS)
     options = parser.parse_args()
     if options.steps < 4:
         parser.error(f"--steps must be at least 4, got {options.steps}: percentiles take two generations")
     options.providers = list(dict.fromkeys([*options.providers, "frozen"]))
-    keep_freed_memory()
+    if not options.plain_malloc:
+        keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     bench = Bench(options)
