@@ -264,7 +264,7 @@ class Octavius(nn.Module):
             the answers, and [N, E] the weight of every expert.
         """
         embeds = self.embed(input_ids, features, objects, boxes, object_mask)
-        eager = torch.compiler.set_stance("force_eager")  # layers compiled for training would compile anew for each length
+        eager = torch.compiler.set_stance("force_eager")  # compiled layers would compile anew for each length
         with eager, self.routed(embeds, gate_mask, attention_mask) as routed:
             ids = self.llm.generate(
                 inputs_embeds=embeds,
