@@ -152,7 +152,7 @@ def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]
     columns = (shape.K if call.instance else shape.E) * shape.R  # that exist
     flops = (
         2
-        * _twice(call, grid.BLOCK_T, members)
+        * _twice(call, grid.BLOCK_T, grid.C, members)
         * members
         * grid.programs
         * grid.groups
@@ -168,9 +168,9 @@ def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]
     return [first, *_sum(T * shape.K * shape.R, grid, b) * members]
 
 
-def _twice(call: _Call, rows: int, members: int) -> int:
+def _twice(call: _Call, rows: int, columns: int, members: int) -> int:
     """2 where two of a group's eight warps, of sixteen rows each, make the same products; wgmma shares them out."""
-    return 2 if members > 1 and rows == 64 and call.device.backend == "cuda" and not call._hopper() else 1
+    return 2 if rows == 64 and call._ampere() and call.wide(columns, members) else 1
 
 
 def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Launch:
@@ -208,7 +208,14 @@ def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
     }
     moved = T * D * b + members * (rank_space + out)
     flops = (
-        2 * _twice(call, grid.BLOCK_D, members) * members * grid.programs * grid.BLOCK_D * tiles * grid.BLOCK_T * grid.C
+        2
+        * _twice(call, grid.BLOCK_D, grid.C, members)
+        * members
+        * grid.programs
+        * grid.BLOCK_D
+        * tiles
+        * grid.BLOCK_T
+        * grid.C
     )
     return [Launch("expert_grad_kernel", flops, requested, moved), *_sum(size, grid, m) * members]
 
