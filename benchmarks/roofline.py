@@ -5,25 +5,29 @@ every tensor moved once, at stated shares of the data sheet's peaks. A launch ad
 Tiles with rows of many instances are taken to use all experts. The forward of at most 64 rows is the CUDA kernel's or
 Triton's, whichever is predicted faster, as the dispatcher would take it.
 Operations and the bytes that programs ask for (`requested`, which caches answer in part) are those which the PTX
-emulator counts when it runs the compiled kernels: `tests/test_roofline.py` holds both to within 2 %.
+emulator counts when it runs the compiled kernels: `tests/test_roofline.py` holds both to within 2 %. `roofline_cpu.py`
+is the same for the CPU engine, with measured ceilings.
 
 Usage: python benchmarks/roofline.py [--launch MICROSECONDS] [--csv FILE] [--plot FILE.png]
        python benchmarks/roofline.py --launches    what each launch of the first shape adds on an H100
-       python benchmarks/roofline.py --cpu         the same model for this CPU, its ceilings and our ratios measured now
 """
 
 import argparse
 import csv
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from moe_lora import cuda
-from moe_lora.measure import milliseconds
-from moe_lora.ops import linear
-from moe_lora.routing import Plan, Routing
+from moe_lora.routing import Plan
 from moe_lora.triton_backend import _Call, _Device, _Grid
+
+
+class Ceilings(NamedTuple):
+    """Operations and bytes a second that kernels reach."""
+
+    operations: float
+    bandwidth: float
 
 
 class Gpu(NamedTuple):
@@ -32,6 +36,10 @@ class Gpu(NamedTuple):
     operations: float
     bandwidth: float
     device: _Device
+
+    @property
+    def reached(self) -> Ceilings:
+        return Ceilings(self.operations * TENSOR_SHARE, self.bandwidth * BANDWIDTH_SHARE)
 
 
 GPUS = {  # data sheets of A100 SXM 80 GB, H100 SXM, B200 (one of a DGX B200), Instinct MI300X
@@ -144,7 +152,7 @@ def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]
     columns = (shape.K if call.instance else shape.E) * shape.R  # that exist
     flops = (
         2
-        * _twice(call, grid.BLOCK_T, members)
+        * _twice(call, grid.BLOCK_T, grid.C, members)
         * members
         * grid.programs
         * grid.groups
@@ -160,9 +168,9 @@ def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]
     return [first, *_sum(T * shape.K * shape.R, grid, b) * members]
 
 
-def _twice(call: _Call, rows: int, members: int) -> int:
+def _twice(call: _Call, rows: int, columns: int, members: int) -> int:
     """2 where two of a group's eight warps, of sixteen rows each, make the same products; wgmma shares them out."""
-    return 2 if members > 1 and rows == 64 and call.device.backend == "cuda" and not call._hopper() else 1
+    return 2 if rows == 64 and call._ampere() and call.wide(columns, members) else 1
 
 
 def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Launch:
@@ -200,7 +208,14 @@ def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
     }
     moved = T * D * b + members * (rank_space + out)
     flops = (
-        2 * _twice(call, grid.BLOCK_D, members) * members * grid.programs * grid.BLOCK_D * tiles * grid.BLOCK_T * grid.C
+        2
+        * _twice(call, grid.BLOCK_D, grid.C, members)
+        * members
+        * grid.programs
+        * grid.BLOCK_D
+        * tiles
+        * grid.BLOCK_T
+        * grid.C
     )
     return [Launch("expert_grad_kernel", flops, requested, moved), *_sum(size, grid, m) * members]
 
@@ -226,8 +241,8 @@ def _up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def microseconds(flops: float, moved: float, gpu: Gpu) -> float:
-    return max(flops / gpu.operations / TENSOR_SHARE, moved / gpu.bandwidth / BANDWIDTH_SHARE) * 1e6
+def microseconds(flops: float, moved: float, reached: Ceilings) -> float:
+    return max(flops / reached.operations, moved / reached.bandwidth) * 1e6
 
 
 def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, Any]:
@@ -237,17 +252,20 @@ def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, Any]:
     `product_ratio` leaves those additions out.
     """
     T, D, F, members, size = shape.N * shape.L, shape.D, shape.F, shape.members, shape.dtype.itemsize
-    base = microseconds(2 * T * D * F, (T * D + D * F + T * F) * size, gpu) + launch
-    additions = (members - 1) * (microseconds(0, 3 * T * D * size, gpu) + launch)
+    base = microseconds(2 * T * D * F, (T * D + D * F + T * F) * size, gpu.reached) + launch
+    additions = (members - 1) * (microseconds(0, 3 * T * D * size, gpu.reached) + launch)
     forward, backward = (
-        sum(microseconds(each.flops, each.moved, gpu) + launch for each in launches(shape, gpu.device, direction))
+        sum(
+            microseconds(each.flops, each.moved, gpu.reached) + launch
+            for each in launches(shape, gpu.device, direction)
+        )
         for direction in (False, True)
     )
     kernel = "triton"
     if T <= 64 and members == 1 and gpu.device.backend == "cuda":
         one = decode(shape, 2 * gpu.device.processors)
-        time = microseconds(one.flops, one.moved, gpu) + launch
-        forward, kernel = min((forward, kernel), (time, "cuda"))
+        duration = microseconds(one.flops, one.moved, gpu.reached) + launch
+        forward, kernel = min((forward, kernel), (duration, "cuda"))
     return {
         "base": members * base,
         "forward_kernel": kernel,
@@ -265,10 +283,9 @@ def main() -> None:
     parser.add_argument("--csv")
     parser.add_argument("--plot")
     parser.add_argument("--launches", action="store_true")
-    parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
-    if arguments.launches or arguments.cpu:
-        return print_cpu() if arguments.cpu else print_launches(SHAPES[0], GPUS["H100"])
+    if arguments.launches:
+        return print_launches(SHAPES[0], GPUS["H100"])
     table = [
         {"gpu": name, "shape": str(shape), **predict(shape, gpu, arguments.launch)}
         for name, gpu in GPUS.items()
@@ -297,7 +314,7 @@ def print_launches(shape: Shape, gpu: Gpu) -> None:
     base = predict(shape, gpu)["base"]
     print(f"{shape}, base {base:.1f} us each way: us by operations, us by bytes, added to forward + backward")
     for each in (*launches(shape, gpu.device, False), *launches(shape, gpu.device, True)):
-        by = microseconds(each.flops, 0, gpu), microseconds(0, each.moved, gpu)
+        by = microseconds(each.flops, 0, gpu.reached), microseconds(0, each.moved, gpu.reached)
         added = (max(by) - base * (each.kernel == "expand_kernel")) / (2 * base)
         print(f"{each.kernel:<20} {by[0]:>7.1f} {by[1]:>7.1f} {added:>7.1%}")
     # shrink of dy and dB in one pass: blocks of r rows and c columns, at least one a processor, leave partial sums
@@ -306,38 +323,6 @@ def print_launches(shape: Shape, gpu: Gpu) -> None:
     print(
         f"ds and dB in one pass: saves {T * F * shape.dtype.itemsize / 1e6:.0f} MB, partial sums {partial / 1e6:.0f} MB"
     )
-
-
-def print_cpu(rounds: int = 7) -> None:
-    """Forward on one thread in bf16: predicted ratios to F.linear beside measured ones, minima of rounds in turns."""
-    torch.set_num_threads(1)
-    shapes = (Shape(8, 256, 4096, 4096), Shape(8, 256, 2048, 2048), Shape(8, 256, 1024, 1024), Shape(8, 1, 4096, 4096))
-    shapes = tuple(replace(shape, master=torch.bfloat16) for shape in shapes)
-
-    def least(*runs: Callable[[], object]) -> list[float]:
-        times = [[milliseconds(run, torch.device("cpu")) for run in runs] for _ in range(rounds + 1)][1:]
-        return [min(each) / 1e3 for each in zip(*times, strict=True)]
-
-    x, weight, large = torch.randn(1024, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16(), torch.ones(1 << 26)
-    dense, read = least(lambda: torch.nn.functional.linear(x, weight), lambda: large.sum())
-    operations, bandwidth = 2 * 1024 * 4096**2 / dense, large.nbytes / read
-    print(f"one thread: {operations / 1e9:.0f} GFLOP/s of F.linear, {bandwidth / 1e9:.1f} GB/s of a sum; forward, bf16")
-    for shape in shapes:
-        T, D, F, low = shape.N * shape.L, shape.D, shape.F, shape.K * shape.R
-        x, weight = torch.randn(T, D).bfloat16(), torch.randn(F, D).bfloat16()
-        lora = torch.randn(shape.E, D, shape.R).bfloat16(), torch.randn(shape.E, shape.R, F).bfloat16()
-        experts = torch.stack([torch.randperm(shape.E)[: shape.K] for _ in range(shape.N)])
-        routing = Routing(experts, torch.rand(shape.N, shape.K))
-        base, ours = least(
-            lambda x=x, weight=weight: torch.nn.functional.linear(x, weight),
-            lambda x=x, weight=weight, lora=lora, routing=routing: linear(x, weight, None, *lora, routing),
-        )
-        moved = 2 * (T * D + D * F + T * F)
-        more = 2 * (_experts(shape) * shape.R * (D + F) + T * low)
-        predicted = max(2 * T * (D * F + low * (D + F)) / operations, (moved + more) / bandwidth)
-        predicted /= max(2 * T * D * F / operations, moved / bandwidth)
-        measured = ours / base
-        print(f"{shape!s:<40} predicted {predicted:.2f}, measured {measured:.2f} ({measured / predicted - 1:+.0%})")
 
 
 def plot(path: str, launch: float) -> None:

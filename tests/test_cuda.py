@@ -25,6 +25,10 @@ CASES = (
     Case((1,), 1032, 32, 3, 2, 33, bias=False),  # D in parts
     Case((7, 7), 40, 70, 4, 4, 3, experts=((0, 1, 2, 3), (3, 2, 1, 0))),  # all experts
     Case((4, 4), 16, 16, 4, 2, 200, experts=((1, 1), (2, 1))),  # more of B than shared memory holds, an expert twice
+    Case((1,) * 64, 72, 137, 6, 2, 5),  # the most rows; blocks that take columns in turns
+    Case((11, 0, 6, 1), 1032, 32, 5, 2, 16, packed=True, experts=((4, 0),) * 3 + ((0, 2),)),  # 18 rows, D in parts
+    Case((5, 5, 5), 24, 33, 3, 1, 33, bias=False),
+    Case((10,) * 4, 40, 16, 3, 3, 100),  # more of B than shared memory holds, for 40 rows
 )
 
 
@@ -56,8 +60,8 @@ def test_compiled_matches_oracle_on_random_routings(data):
         assert_right(case, make(case, torch.bfloat16), "cuda")
 
 
-def test_schedules_give_the_same_bits_without_a_race():
-    case = CASES[2]
+@pytest.mark.parametrize("case", [CASES[2], CASES[6]], ids=str)
+def test_schedules_give_the_same_bits_without_a_race(case):
     inputs = make(case, torch.bfloat16)
     first, _ = forward(case, inputs)
     for seed in (1, 2):

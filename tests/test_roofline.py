@@ -1,48 +1,19 @@
 """The cost model's operations and bytes are those of the compiled kernels: the emulator counts them."""
 
-import moe_lora
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from moe_lora import triton_backend
-from ptx.driver import Emulator
-
 from benchmarks.roofline import GPUS, SHAPES, Shape, decode, launches, predict
-from tests.decode import emulated
-
-CASES = (
-    Shape(2, 256, 192, 128, E=4, R=16),  # whole tiles for each instance
-    Shape(
-        2, 200, 192, 128, E=3, R=16, dtype=torch.float16, master=torch.float16
-    ),  # tiles with rows of many instances, of all experts
-    Shape(12, 1, 512, 64, E=4, R=16),  # decode: the shrink is split
-    Shape(2, 256, 192, 128, E=4, R=16, members=3),
-    Shape(2, 200, 128, 192, E=3, R=16, dtype=torch.float16, members=2),
-)
-
-
-def profiles(shape, target):
-    """Of each launch of a forward and backward; and the device."""
-    N, L, D, F, E, K, R, dtype, master, members = vars(shape).values()
-    x, weights = torch.randn(N, L, D).to(dtype).requires_grad_(), [torch.randn(F, D).to(dtype) for _ in range(members)]
-    lora_as = [torch.randn(E, D, R).to(master).requires_grad_() for _ in range(members)]
-    lora_bs = [torch.randn(E, R, F).to(master).requires_grad_() for _ in range(members)]
-    experts = torch.arange(N * K).view(N, K) % E
-    routing = moe_lora.Routing(experts, torch.rand(N, K).requires_grad_())
-    with Emulator(target, races=False) as emulator:
-        device = triton_backend._device(x.device)
-        ys = moe_lora.linear_group(x, weights, [None] * members, lora_as, lora_bs, routing, backend="triton")
-        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
-    return emulator.profiles, device
+from tests import traffic
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90], ids="sm_{}".format)
-@pytest.mark.parametrize("shape", CASES, ids=str)
-def test_model_counts_what_the_kernels_do(shape, target):
-    found, device = profiles(shape, target)
+@pytest.mark.parametrize("variant", traffic.VARIANTS[:5], ids=str)
+def test_model_counts_what_the_kernels_do(variant, target):
+    shape, (found, device) = variant.shape, traffic.profiles(variant, f"sm_{target}")
     wanted = [*launches(shape, device, False), *launches(shape, device, True)]
     assert [profile.kernel for profile in found] == [launch.kernel for launch in wanted]
     for profile, launch in zip(found, wanted, strict=True):
@@ -56,12 +27,7 @@ def test_model_counts_what_the_kernels_do(shape, target):
 @pytest.mark.parametrize("held", [2, 8], ids="{} blocks".format)
 def test_model_counts_what_decode_does(held):
     shape = Shape(8, 1, 1024, 64, E=4, R=32, master=torch.bfloat16)
-    experts = torch.tensor([[0, 1], [2, 3]] * 4)
-    x, weight = (torch.randn(size).bfloat16() for size in ((8, 1, shape.D), (shape.F, shape.D)))
-    lora_a, lora_b = (torch.randn(size).bfloat16() for size in ((4, shape.D, 32), (4, 32, shape.F)))
-    with emulated(held=held, races=False) as device:
-        moe_lora.linear(x, weight, None, lora_a, lora_b, moe_lora.Routing(experts, torch.rand(8, 2)), backend="cuda")
-    (profile,), wanted = device.profiles, decode(shape, held)
+    profile, wanted = traffic.decode_profile(shape, "sm_80", held), decode(shape, held)
     assert profile.flops["bf16 mma"] == wanted.flops
     for name, size in wanted.requested.items():
         assert profile.loads(name).bytes + profile.stores(name).bytes == pytest.approx(size, rel=0.02), name

@@ -61,7 +61,7 @@ def test_compiled_matches_oracle(case, form, nan_empty):
 @pytest.mark.parametrize("case, widths", GROUPS, ids=str)
 def test_compiled_groups_match_oracle(case, widths, form, nan_empty):
     number = GROUPS.index((case, widths))
-    dtype, target = (torch.bfloat16, torch.float16)[number % 2], (80, 90, 100)[(number + FORMS.index(form)) % 3]
+    dtype, target = (torch.bfloat16, torch.float16)[number % 2], (80, 90, 100)[(2 * number + FORMS.index(form)) % 3]
     with Emulator(target) as emulator:
         groups.assert_group_right(case, groups.make(case, widths, dtype), "triton")
     members, launches = 1 + len(widths), [profile.kernel for profile in emulator.profiles]

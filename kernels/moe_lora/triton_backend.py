@@ -316,7 +316,7 @@ class _Call:
             x.stride(0), lora.stride(0), lora.stride(2), lora.stride(1),
             C=grid.C, INSTANCE=self.instance, EVEN_D=D % grid.BLOCK_D == 0, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=8 if grid.BLOCK_T == 64 and (grid.C > 64 or len(loras) > 1) else 4,
+            num_warps=8 if grid.BLOCK_T == 64 and (grid.C > 64 or self.wide(grid.C, len(loras))) else 4,
             num_stages=self._stages(self._shrink_stages(grid, loras)),
         )  # fmt: skip
         return hs if grid.splits == 1 else [self._summed(out, h) for out, h in zip(outs, hs, strict=True)]
@@ -331,7 +331,8 @@ class _Call:
 
     def shrink_grid(self, D: int, members: int = 1) -> _Grid:
         slots = self.K if self.instance else self.E
-        columns = min(self.columns, _power_of_2(slots) * self.rank)
+        most = self._narrow() if members > 1 and self._ampere() else self.columns
+        columns = min(most, _power_of_2(slots) * self.rank)
         wide = self._hopper() and columns <= 64
         block_t, block_d = min(self._half_or(64, 32), self._block_t()), self._half_or(128 if wide else 64, 16)
         if members > 1:  # more loads and sums at a time
@@ -378,23 +379,20 @@ class _Call:
         if grid.splits > 1:
             outs = [x.new_empty(grid.splits, *grad.shape, dtype=torch.float32) for grad in grads]
         stride_e, stride_r, stride_d = grads[0].stride(0), *grads[0].stride()[1:][:: -1 if transposed else 1]
-        few_warps = self.dtype != torch.float32 and not self._hopper() and self.device.backend == "cuda"
         _kernels().expert_grad_kernel[grid[:3]](
             *_three(hs), x, *_three(outs), self.experts, self.gates, self.offsets, *self._seed(transposed), self.scale,
             self.T, self.N, self.L, self.N.bit_length(), D, self.E, grid.splits,
             x.stride(0), stride_e, stride_r, stride_d,
             C=grid.C, INSTANCE=self.instance, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(transposed, D), BLOCK_T=grid.BLOCK_T, BLOCK_D=grid.BLOCK_D,
-            num_warps=4 if few_warps and members == 1 else 8,
-            num_stages=self._stages(2 if members > 1 else 4 if self._hopper() else 3), **self._registers(),
+            num_warps=4 if self._ampere() and not self.wide(grid.C, members) else 8,
+            num_stages=self._stages(2 if members > 1 else 4 if self._hopper() else 3), **self._registers(members),
         )  # fmt: skip
         return grads if grid.splits == 1 else [self._summed(out, grad) for out, grad in zip(outs, grads, strict=True)]
 
     def grad_grid(self, D: int, members: int = 1) -> _Grid:
         block_t, block_d = self._half_or(64 if self._hopper() else 32, 32), self._half_or(64, 32)
-        columns = self.columns
-        if members > 1 and self.device.backend == "hip":  # the sums of three would spill on gfx1100
-            columns = max(self.rank, columns // 2)
+        columns = self._narrow() if members > 1 and not self._hopper() else self.columns
         blocks, groups = _cdiv(D, block_d), _cdiv(self.E * self.rank, columns)
         longest = self.L if self.instance and not self.packed else self.T
         splits = max(1, min(self.device.processors // (blocks * groups), longest // (4 * block_t)))
@@ -426,10 +424,27 @@ class _Call:
         """Shared memory and registers for the bytes in flight that this bandwidth needs."""
         return self.device.backend == "cuda" and self.device.capability >= 90
 
-    def _registers(self) -> dict[str, int]:
-        """For Blackwell, where ptxas would keep to 64 and spill."""
-        blackwell = self._hopper() and self.device.capability >= 100
-        return {"maxnreg": 160} if blackwell and self.dtype != torch.float32 else {}
+    def _ampere(self) -> bool:
+        """Tensor cores that each warp feeds by itself."""
+        return self.device.backend == "cuda" and not self._hopper() and self.dtype != torch.float32
+
+    def wide(self, columns: int, members: int) -> bool:
+        """Whether the sums of a group's 64 rows take eight warps. Ampere's then make all products twice, so not there
+        if four have the registers.
+        """
+        return members > 1 and (columns * members > 192 or not self._ampere())
+
+    def _narrow(self) -> int:
+        """Columns at a time of a group's members, where the registers have no room for the sums of more."""
+        return max(self.rank, min(self.columns, 64))
+
+    def _registers(self, members: int = 1) -> dict[str, int]:
+        """Where ptxas would keep to fewer and spill: Blackwell, and a group's gradients on Ampere."""
+        if self.dtype == torch.float32:
+            return {}
+        if self._hopper() and self.device.capability >= 100:
+            return {"maxnreg": 160}
+        return {"maxnreg": 255} if members > 1 and self._ampere() else {}
 
     def _half_or(self, half: int, single: int) -> int:
         return single if self.dtype == torch.float32 else half
