@@ -1,7 +1,9 @@
 """`MoELoRALinear`: a frozen linear with E low-rank experts, in place of `nn.Linear`."""
 
 import math
+import re
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,20 +34,38 @@ class MoELoRAConfig:
     target_modules: tuple[str, ...] | str = field(default=("q_proj", "k_proj", "v_proj", "o_proj"))
 
     def __post_init__(self):
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        targets = self.target_modules
+        if isinstance(targets, Iterable) and not isinstance(targets, str):
+            object.__setattr__(self, "target_modules", tuple(targets))
         for name in ("num_experts", "top_k", "rank"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
+        for name in ("alpha", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if not self.alpha > 0 or not math.isfinite(self.alpha):
             raise ValueError(f"alpha must be positive, got {self.alpha!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if not self.target_modules or not all(isinstance(name, str) and name for name in self.target_modules):
-            raise ValueError(f"target_modules must be names of linears or one str, got {self.target_modules!r}")
+        self._check_target_modules()
+
+    def _check_target_modules(self) -> None:
+        targets = self.target_modules
+        if (
+            not isinstance(targets, str | tuple)
+            or not targets
+            or not all(isinstance(name, str) and name for name in targets)
+        ):
+            raise ValueError(f"target_modules must be names of linears or one str, got {targets!r}")
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"target_modules must be a regular expression, got {targets!r}: {error}") from error
 
 
 class RouteSlot(threading.local):
@@ -72,6 +92,10 @@ class MoELoRALinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, config: MoELoRAConfig, slot: RouteSlot | None = None):
         super().__init__()
+        if not isinstance(config, MoELoRAConfig):
+            raise TypeError(f"config must be a moe_lora.MoELoRAConfig, got {type(config).__name__}")
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise TypeError(f"weight must be a tensor [F, D], got {tuple(getattr(weight, 'shape', ())) or weight!r}")
         self.out_features, self.in_features = weight.shape
         self.config = config
         self.scale = config.alpha / config.rank
