@@ -246,6 +246,33 @@ def test_compiled_model_reads_the_route_without_recompiling():
     assert len(graphs) == 1
 
 
+def test_route_within_a_compiled_forward():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5))
+            moe_lora.apply(self.net, MoELoRAConfig(rank=2, dropout=0.0, target_modules="all-linear"))
+            self.gate = moe_lora.InstanceGate(6, 4)
+
+        def forward(self, x):
+            routing, _ = self.gate(x)
+            with moe_lora.route(self.net, routing):
+                return self.net(x)
+
+    torch.manual_seed(0)
+    eager = Gated()
+    for parameter in eager.parameters():
+        nn.init.normal_(parameter)
+    whole = copy.deepcopy(eager)
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N in (3, 5):
+        x = torch.randn(N, 2, 6)
+        eager(x).square().sum().backward()
+        compiled(x).square().sum().backward()
+    for one, other in zip(eager.parameters(), whole.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
+
+
 def test_compiled_training_step_gives_the_same_gradients():
     model = applied(layers=1).train()
     want = step(copy.deepcopy(model), GATES)

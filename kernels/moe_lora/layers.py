@@ -74,8 +74,10 @@ class RouteSlot(threading.local):
     A `threading.local` and not a `ContextVar`, because torch.compile traces the one and not the other.
     """
 
-    routing: Routing | None = None
-    siblings: "Siblings | None" = None  # while the forward of their parent runs
+    def __init__(self):
+        # in the instance, not in the class: torch.compile would guard that the instance has none yet
+        self.routing: Routing | None = None
+        self.siblings: Siblings | None = None  # while the forward of their parent runs
 
     def __reduce__(self):
         return RouteSlot, ()
