@@ -22,8 +22,11 @@ class MoELoRAConfig:
         num_experts, top_k, rank: E, K, R.
         alpha: the update is scaled by alpha / rank.
         dropout: probability on the input of the experts, in training only.
-        target_modules: names of linears, matched as the whole name or its end after a dot; or one str, a regular
-            expression for the whole name; or "all-linear", every nn.Linear but the output embedding.
+        target_modules: names of linears, matched as the whole name or its end after a dot, each of which must match;
+            or one str, a regular expression for the whole name; or "all-linear", every nn.Linear but the output
+            embedding.
+    Raises:
+        ValueError: a number is out of its range or none, or target_modules is empty or no regular expression.
     """
 
     num_experts: int = 4
@@ -86,8 +89,16 @@ class RouteSlot(threading.local):
 class MoELoRALinear(nn.Module):
     """y = x Wᵀ + bias + (alpha / R) Σ_k g_k drop(x) A_e B_e, with the routing of `moe_lora.route` or an explicit one.
 
-    Attributes: weight [F, D] and bias [F], the frozen base; lora_a [E, D, R] and lora_b [E, R, F], trainable, float32
-    also over a bf16 base (float64 over float64); in_features, out_features, scale, config.
+    Args:
+        weight: [F, D], the frozen base; taken over, not copied. A plain tensor stays out of the state dict.
+        bias: [F] or None, frozen too.
+        config: E, R, alpha and dropout; its top_k and target_modules are not used here.
+        slot: where `moe_lora.route` leaves the routing, shared by the layers of a model; None makes one.
+    Raises:
+        TypeError: weight is no tensor [F, D], or config no MoELoRAConfig.
+
+    Attributes: weight, bias; lora_a [E, D, R] and lora_b [E, R, F], trainable, float32 also over a bf16 base (float64
+    over float64); in_features, out_features, scale = alpha / R, config.
 
     A starts as U(±1/sqrt(D)) like in an ordinary LoRA, each expert with its own draw; B starts at zero.
     """
@@ -123,12 +134,19 @@ class MoELoRALinear(nn.Module):
         nn.init.zeros_(self.lora_b)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """y [..., F] for x [..., D]; experts and gates are those of `routing`, or if it is None of `moe_lora.route`.
+
+        Raises:
+            RuntimeError: there is neither.
+            ValueError, TypeError: as `moe_lora.linear`.
+        """
         if routing is None:
             routing = self.slot.routing
             if routing is None:
                 raise RuntimeError(
                     "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in "
-                    "the same thread, or pass routing="
+                    "the same thread, or pass routing=; if this is a recomputation in backward, checkpoint with "
+                    "model.gradient_checkpointing_enable()"
                 )
         siblings = None if torch.compiler.is_compiling() else self.slot.siblings
         y = siblings.output(self, x, routing) if siblings is not None else None
