@@ -7,9 +7,12 @@ import shutil
 import moe_lora
 import pytest
 import torch
+import torch.distributed as distributed
 from moe_lora import MoELoRAConfig, MoELoRALinear, checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 
 CONFIG = MoELoRAConfig(num_experts=3, top_k=2, rank=2, alpha=4, dropout=0.1, target_modules=("up", "down"))
 
@@ -66,16 +69,71 @@ def test_load_into_a_bare_model_applies(folder):
 
 
 def test_save_of_a_compiled_or_wrapped_model_has_the_bare_names(folder, tmp_path):
-    class DDP(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    moe_lora.save(DDP(torch.compile(model())), tmp_path / "wrapped")
+    moe_lora.save(nn.DataParallel(torch.compile(model())), tmp_path / "wrapped")
     assert_equal(
         load_file(tmp_path / "wrapped/adapter_model.safetensors"), load_file(folder / "adapter_model.safetensors")
     )
     assert_equal(adapters(moe_lora.load(bare(), tmp_path / "wrapped")), adapters(model()))
+
+
+def test_save_and_load_of_models_that_are_wrapped(folder, tmp_path):
+    want = adapters(model())
+    compiled = torch.compile(bare())
+    assert_equal(adapters(moe_lora.load(compiled, folder)._orig_mod), want)
+    checkpointed = model()
+    checkpointed[0]["up"] = checkpoint_wrapper(checkpointed[0]["up"])
+    moe_lora.save(checkpointed, tmp_path)
+    assert_equal(load_file(tmp_path / "adapter_model.safetensors"), want)
+
+
+@pytest.fixture
+def one_rank():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_parameters_sharded_by_fsdp2_are_saved_whole_and_loaded_back(folder, tmp_path, one_rank):
+    sharded = fully_shard(model(seed=2), mesh=one_rank)
+    moe_lora.save(sharded, tmp_path)
+    assert_equal(load_file(tmp_path / "adapter_model.safetensors"), adapters(model(seed=2)))
+    moe_lora.load(sharded, folder)
+    assert_equal({name: tensor.full_tensor() for name, tensor in adapters(sharded).items()}, adapters(model()))
+
+
+def test_a_child_called_module_keeps_its_name(tmp_path):
+    moe_lora.save(nn.ModuleDict({"module": model()}), tmp_path)
+    other = moe_lora.load(nn.ModuleDict({"module": bare()}), tmp_path)
+    assert_equal(adapters(other["module"]), adapters(model()))
+
+
+def test_a_shared_linear_is_saved_and_loaded_once(tmp_path):
+    def shared():
+        made = bare()
+        made[0]["down"] = made[0]["up"]
+        return made
+
+    one = moe_lora.apply(shared(), CONFIG)
+    moe_lora.save(one, tmp_path)
+    other = moe_lora.load(shared(), tmp_path)
+    assert other[0]["down"] is other[0]["up"]
+    assert_equal(adapters(other), adapters(one))
+
+
+def test_save_of_parts_with_different_configs_is_refused(tmp_path):
+    made = nn.ModuleList(
+        moe_lora.apply(nn.Sequential(nn.Linear(4, 4)), MoELoRAConfig(rank=rank, target_modules=("0",)))
+        for rank in (2, 3)
+    )
+    with pytest.raises(ValueError, match=r"experts of one config to save, got .*save each part by itself"):
+        moe_lora.save(made, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("target", [model, bare], ids=["with-experts", "bare"])
+def test_load_into_a_model_without_data_is_refused(folder, target):
+    with pytest.raises(ValueError, match=r"0\.(up|down) must have data, got the meta device"):
+        moe_lora.load(target().to("meta"), folder)
 
 
 def test_load_casts_to_the_models_dtype(folder):

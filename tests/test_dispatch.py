@@ -55,6 +55,20 @@ def test_linear_runs_what_explain_says(three):
     assert (moe_lora.linear(x, weight, None, lora_a, lora_b, routing, backend="reference") != 0).any()
 
 
+def test_explain_bad_input_is_refused():
+    x, weight, lora_a, routing = arguments()
+    with pytest.raises(TypeError, match=r"routing must be a moe_lora\.Routing, got NoneType"):
+        moe_lora.explain(x, weight, lora_a, None)
+    with pytest.raises(TypeError, match="lora_a must be a tensor, got list"):
+        moe_lora.explain(x, weight, [lora_a], routing)
+    with pytest.raises(ValueError, match=r"weight \[F, D\] and .*, got \(2, 5, 7\), \(7, 6\) and \(4, 7, 3\)"):
+        moe_lora.explain(x, weight.t(), lora_a, routing)
+    with pytest.raises(ValueError, match="the routing's 2 instances must be"):
+        moe_lora.explain(x[:1], weight, lora_a, routing)
+    with pytest.raises(ValueError, match="as many weights and lora_as, at least one, got 2 and 1"):
+        moe_lora.explain(x, [weight, weight], [lora_a], routing)
+
+
 def test_named_backend_runs_or_raises(three):
     with pytest.raises(ValueError, match="backend absent cannot run this call: not built"):
         moe_lora.explain(*arguments(), backend="absent")
@@ -71,6 +85,9 @@ def test_environment_decides_for_auto_only(three, monkeypatch):
     assert moe_lora.explain(*arguments(), backend="picky").backend == "picky"
     monkeypatch.setenv("MOE_LORA_BACKEND", "warp")
     with pytest.raises(ValueError, match=r"MOE_LORA_BACKEND must be auto or one of .*, got 'warp'"):
+        moe_lora.explain(*arguments())
+    monkeypatch.setenv("MOE_LORA_BACKEND", "absent")
+    with pytest.raises(ValueError, match="backend absent of MOE_LORA_BACKEND cannot run this call: not built"):
         moe_lora.explain(*arguments())
 
 

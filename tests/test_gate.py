@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_lora import InstanceGate, Routing, load_balancing_loss
+from moe_lora import InstanceGate, Routing, expert_share, load_balancing_loss
 
 
 def upstream(embeddings, w):
@@ -98,6 +98,10 @@ def test_gate_compiles_whole():
 BAD = (
     ({"top_k": 7}, None, "top_k must be in 1..num_experts = 6, got 7"),
     ({"top_k": 0}, None, "top_k must be in 1..num_experts = 6, got 0"),
+    ({"top_k": 1.0}, None, "top_k must be an integer of at least 1, got 1.0"),
+    ({"dim": 0}, None, "dim must be an integer of at least 1, got 0"),
+    ({"num_experts": 0, "mode": "dense"}, None, "num_experts must be an integer of at least 1, got 0"),
+    ({}, (torch.randn(4, 0, 16), None), r"every question must have a token, got embeddings \(4, 0, 16\)"),
     ({"mode": "dual"}, None, "mode must be instance, dense or token, got 'dual'"),
     ({}, (torch.randn(4, 16), None), r"embeddings must be \[N, L, D\] with D = 16, got \(4, 16\)"),
     ({}, (torch.randn(4, 3, 8), None), r"embeddings must be \[N, L, D\] with D = 16, got \(4, 3, 8\)"),
@@ -108,7 +112,20 @@ BAD = (
 @pytest.mark.parametrize("arguments, inputs, message", BAD, ids=[message for *_, message in BAD])
 def test_gate_bad_input_is_refused(arguments, inputs, message):
     with pytest.raises(ValueError, match=message):
-        InstanceGate(16, 6, **arguments)(*inputs)
+        InstanceGate(**({"dim": 16, "num_experts": 6} | arguments))(*inputs)
+
+
+def test_gate_takes_tensors_only():
+    with pytest.raises(TypeError, match="embeddings must be a tensor, got NoneType"):
+        InstanceGate(16, 6)(None)
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        InstanceGate(16, 6)(torch.randn(1, 2, 16), [[1, 1]])
+    with pytest.raises(TypeError, match="experts must be a tensor, got Routing"):
+        load_balancing_loss(torch.zeros(1, 6), InstanceGate(16, 6)(torch.randn(1, 2, 16))[0])
+    with pytest.raises(TypeError, match=r"experts must be an integer tensor, got torch\.float32"):
+        expert_share(torch.zeros(3, 2), 6)
+    with pytest.raises(ValueError, match=r"experts must be \[N, K\], got \(3,\)"):
+        expert_share(torch.zeros(3, dtype=torch.int32), 6)
 
 
 def test_balance_loss_is_one_when_even_and_e_when_collapsed():

@@ -114,6 +114,8 @@ def test_group_bad_input_is_refused():
     x, weights, biases, lora_as, lora_bs, routing = make(case, widths, torch.float32)[:6]
     with pytest.raises(ValueError, match="got 3 weights, 2 biases, 3 lora_as, 3 lora_bs"):
         moe_lora.linear_group(x, weights, biases[:2], lora_as, lora_bs, routing)
+    with pytest.raises(TypeError, match="weights must be a list with one item for each member, got Tensor"):
+        moe_lora.linear_group(x, weights[0], biases, lora_as, lora_bs, routing)
     with pytest.raises(ValueError, match="at least one, got 0 weights"):
         moe_lora.linear_group(x, [], [], [], [], routing)
     with pytest.raises(ValueError, match=r"lora_b must be \[E, R, F\] = \(4, 3, 4\)"):

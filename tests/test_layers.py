@@ -125,9 +125,14 @@ BAD = (
     ({"top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
     ({"alpha": 0}, "alpha must be positive, got 0"),
     ({"alpha": float("inf")}, "alpha must be positive, got inf"),
+    ({"alpha": "1e1"}, "alpha must be a number, got '1e1'"),
+    ({"alpha": torch.tensor(2.0)}, "alpha must be a number, got tensor"),
+    ({"dropout": None}, "dropout must be a number, got None"),
     ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ({"target_modules": ()}, r"target_modules must be names of linears or one str, got \(\)"),
     ({"target_modules": (3,)}, "target_modules must be names of linears or one str"),
+    ({"target_modules": None}, "target_modules must be names of linears or one str, got None"),
+    ({"target_modules": "q_proj("}, r"target_modules must be a regular expression, got 'q_proj\('"),
 )
 
 
@@ -135,6 +140,15 @@ BAD = (
 def test_config_bad_value_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MoELoRAConfig(**arguments)
+
+
+def test_layer_bad_input_is_refused():
+    with pytest.raises(TypeError, match=r"weight must be a tensor \[F, D\], got \(4,\)"):
+        MoELoRALinear(torch.zeros(4), None, MoELoRAConfig())
+    with pytest.raises(TypeError, match=r"weight must be a tensor .*got Linear"):
+        MoELoRALinear(torch.nn.Linear(3, 4), None, MoELoRAConfig())
+    with pytest.raises(TypeError, match=r"config must be a moe_lora\.MoELoRAConfig, got dict"):
+        MoELoRALinear(torch.zeros(4, 3), None, {"rank": 2})
 
 
 def test_config_is_hashable_and_takes_a_list():

@@ -373,6 +373,12 @@ BAD = (
     ({"lora_a": torch.zeros(1, 13, 3), "lora_b": torch.zeros(1, 3, 9)}, ValueError, "K <= E = 1, got K = 2"),
     ({"x": torch.zeros(4, 6, 13)}, ValueError, "3 instances must be x's first dimensions or divide the first"),
     ({"routing": None}, TypeError, "routing must be a moe_lora.Routing, got NoneType"),
+    ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    ({"weight": torch.nn.Linear(13, 9)}, TypeError, "weight must be a tensor, got Linear"),
+    ({"bias": 3}, TypeError, "bias must be a tensor, got int"),
+    ({"lora_a": None}, TypeError, "lora_a must be a tensor, got NoneType"),
+    ({"dropout": "0.1"}, ValueError, r"dropout must be in \[0, 1\), got '0.1'"),
+    ({"dropout": 0.1, "seed": 1.5}, TypeError, "seed must be None, an integer or a 0-dim int64 tensor, got 1.5"),
     ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
     ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\)"),
     ({"dropout": 0.1, "seed": torch.zeros(2)}, ValueError, "seed must be a 0-dim int64 tensor"),
@@ -385,6 +391,11 @@ BAD = (
 def test_linear_bad_input_is_refused(change, kind, message):
     with pytest.raises(kind, match=message):
         _bad(**change)()
+
+
+def test_linear_under_autocast_refuses_a_quantised_weight():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"weight must be .* got torch\.int8"):
+        _bad(weight=torch.zeros(9, 13, dtype=torch.int8))()
 
 
 def test_linear_of_frozen_base_with_grad_is_fine_without_grad_mode():

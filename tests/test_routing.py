@@ -101,6 +101,12 @@ def test_routing_more_picks_than_experts_is_refused():
         routing().check(torch.Size((3, 7)), 1)
 
 
+@pytest.mark.parametrize("factor", [0, -1, 1.5, "2"])
+def test_routing_expand_takes_positive_integers(factor):
+    with pytest.raises(ValueError, match="factor must be an integer of at least 1, got"):
+        Routing(torch.tensor([[0]]), torch.ones(1, 1)).expand(factor)
+
+
 def test_routing_expand_repeats_in_place():
     made = routing()
     expanded = made.expand(3)

@@ -1,4 +1,16 @@
-"""A frozen linear layer with per-instance low-rank experts, forward and backward as one fused pass."""
+"""A frozen linear layer with per-instance low-rank experts, forward and backward as one fused pass.
+
+    y_t = x_t Wᵀ + bias + s Σ_k g_{i,k} drop(x_t) A_{e(i,k)} B_{e(i,k)}       t a row of instance i,  s = alpha / R
+
+Shapes: N instances, T rows (tokens) of D features in and F out; E experts of rank R, K of them for each instance.
+
+In a model: `apply` gives its linears experts as a `MoELoRAConfig` says, `route` tells them the `Routing` of a batch,
+which an `InstanceGate` makes; `save` and `load` keep the experts in a folder. `load_balancing_loss` and `expert_share`
+are for training the gate.
+By itself: `MoELoRALinear` is the layer, `linear` the op, `linear_group` the op for several linears of one x.
+What runs: `backends` and `explain` tell, and `python -m moe_lora` checks every backend on this machine. The environment
+variable MOE_LORA_BACKEND names the backend that "auto" takes.
+"""
 
 from moe_lora.checkpoint import load, save
 from moe_lora.dispatch import backends, explain

@@ -47,7 +47,10 @@ class Explanation:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name, with None if it can run on this machine, or the reason why not."""
+    """Every backend by name, with None if it can run on this machine, or the reason why not.
+
+    In the order in which "auto" asks them. One that can run here may still refuse a call: see `explain`.
+    """
     return {name: module.unavailable() for name, module in _BACKENDS.items()}
 
 
@@ -58,14 +61,28 @@ def explain(
     routing: Routing,
     backend: str = "auto",
 ) -> Explanation:
-    """Which backend and kernel `linear` would run for this call, and why; of lists, `linear_group`.
+    """Which backend and kernel the forward of `linear` would run for this call, and why; of lists, `linear_group`.
 
+    Nothing is run. Of tensors as they are, without autocast and dropout.
+
+    Args:
+        x, weight, lora_a, routing: as in `linear`; lists of weight and lora_a as in `linear_group`.
+        backend: "auto", or a name in `backends()`.
+    Returns:
+        An `Explanation` with backend, kernel and why; prints as one line.
     Raises:
-        ValueError: no such backend, or it cannot run this call (says why).
+        ValueError, TypeError: arguments disagree, there is no such backend, or it cannot run this call (says why).
     """
-    if not isinstance(weight, Tensor):
-        return _explain_group(x, weight, list(lora_a), routing, backend)
-    assert isinstance(lora_a, Tensor)
+    if isinstance(weight, Sequence) and isinstance(lora_a, Sequence):
+        if not weight or len(weight) != len(lora_a):
+            raise ValueError(
+                f"a group needs as many weights and lora_as, at least one, got {len(weight)} and {len(lora_a)}"
+            )
+        for each, a in zip(weight, lora_a, strict=True):
+            _check(x, each, a, routing)
+        return _explain_group(x, weight, lora_a, routing, backend)
+    _check(x, weight, lora_a, routing)
+    assert isinstance(weight, Tensor) and isinstance(lora_a, Tensor)
     plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None)
     module = choose(backend, x, weight, lora_a, plan)
     names = list(_BACKENDS)
@@ -80,6 +97,22 @@ def explain(
         reasons = ["the first that can run", *(f"not {key}: {_reason(key, x, weight, lora_a, plan)}" for key in before)]
     kernel, why = module.kernel(x, weight, lora_a, plan)
     return Explanation(found, kernel, "; ".join([*reasons, why]))
+
+
+def _check(x: object, weight: object, lora_a: object, routing: object) -> None:
+    """Raises what `linear` raises for arguments of which nothing could be explained."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
+    for name, tensor in (("x", x), ("weight", weight), ("lora_a", lora_a)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    assert isinstance(x, Tensor) and isinstance(weight, Tensor) and isinstance(lora_a, Tensor)
+    if x.dim() == 0 or weight.dim() != 2 or lora_a.dim() != 3 or not x.shape[-1] == weight.shape[1] == lora_a.shape[1]:
+        raise ValueError(
+            "x must be [..., D], weight [F, D] and lora_a [E, D, R], got "
+            f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(lora_a.shape)}"
+        )
+    routing.check(x.shape, lora_a.shape[0])
 
 
 def _explain_group(
@@ -115,7 +148,8 @@ def choose(
             raise ValueError(f"{asked} must be auto or one of {', '.join(_BACKENDS)}, got {name!r}")
         reason = _reason(name, x, weight, lora_a, plan)
         if reason is not None:
-            raise ValueError(f"backend {name} cannot run this call: {reason}")
+            of = "" if asked == "backend" else f" of {asked}"
+            raise ValueError(f"backend {name}{of} cannot run this call: {reason}")
         if needs is not None and not differentiable(name):
             raise ValueError(f"backend {name} has no backward: use backend='auto', or torch.no_grad()")
         return _BACKENDS[name]

@@ -43,6 +43,8 @@ def as_seed(seed: int | Tensor | None) -> Tensor:
         if seed.dim() or seed.dtype != torch.int64:
             raise ValueError(f"seed must be a 0-dim int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
         return seed
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be None, an integer or a 0-dim int64 tensor, got {seed!r}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
     return torch.tensor(seed, dtype=torch.int64)

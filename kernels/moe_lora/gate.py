@@ -26,6 +26,9 @@ class InstanceGate(nn.Module):
             token routed for itself; the routing has N·L instances).
         include_padding: the mean over all L positions, padding too, as upstream computes it.
 
+    Raises:
+        ValueError: dim, num_experts or top_k is no positive integer, top_k > num_experts, or there is no such mode.
+
     `w_gating` [D, E] is drawn from N(0, 1/D), so that features of unit variance give logits of unit variance, and the
     small ones of a language model near-uniform weights; upstream draws from N(0, 1).
     """
@@ -41,6 +44,9 @@ class InstanceGate(nn.Module):
         super().__init__()
         if mode not in ("instance", "dense", "token"):
             raise ValueError(f"mode must be instance, dense or token, got {mode!r}")
+        for name, value in (("dim", dim), ("num_experts", num_experts), ("top_k", top_k)):
+            if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and name != "top_k"):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if not 1 <= top_k <= num_experts and mode != "dense":
             raise ValueError(f"top_k must be in 1..num_experts = {num_experts}, got {top_k}")
         self.dim, self.num_experts, self.mode, self.include_padding = dim, num_experts, mode, include_padding
@@ -62,6 +68,9 @@ class InstanceGate(nn.Module):
         Raises:
             ValueError: shapes disagree, or a question has no token (seen on the CPU only; elsewhere its mean is 0).
         """
+        for name, tensor in (("embeddings", embeddings), ("mask", mask)):
+            if not isinstance(tensor, Tensor) and not (name == "mask" and tensor is None):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if embeddings.dim() != 3 or embeddings.shape[-1] != self.dim:
             raise ValueError(f"embeddings must be [N, L, D] with D = {self.dim}, got {tuple(embeddings.shape)}")
         if mask is not None and mask.shape != embeddings.shape[:2]:
@@ -72,6 +81,8 @@ class InstanceGate(nn.Module):
             return self._route(logits), logits
 
     def _mean(self, embeddings: Tensor, mask: Tensor | None) -> Tensor:
+        if not embeddings.shape[1]:
+            raise ValueError(f"every question must have a token, got embeddings {tuple(embeddings.shape)}")
         if mask is None or self.include_padding:
             return embeddings.float().mean(1)
         present = mask != 0
@@ -110,7 +121,14 @@ def load_balancing_loss(
         share: [E], f over more than this batch, such as a running mean of `expert_share`; None means this batch's. With
             batches of one task each, a batch's own f would balance within every task, and no expert could specialise
             (Qiu et al., "Demons in the Detail", arXiv 2501.11873).
+    Returns:
+        A float32 scalar; its gradient reaches the gate through the logits.
+    Raises:
+        ValueError, TypeError: shapes disagree, or what must be a tensor is none.
     """
+    for name, tensor in (("logits", logits), ("experts", experts)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if logits.dim() != 2 or experts.dim() != 2 or experts.shape[0] != logits.shape[0]:
         raise ValueError(
             f"logits must be [N, E] and experts [N, K], got {tuple(logits.shape)} and {tuple(experts.shape)}"
@@ -129,7 +147,13 @@ def expert_share(experts: Tensor, num_experts: int, mask: Tensor | None = None) 
         experts: [N, K] chosen.
         num_experts: E.
         mask: [N], nonzero for the instances (or tokens) that count; None means all.
+    Raises:
+        ValueError, TypeError: shapes disagree, or experts is no tensor of integers.
     """
+    if not isinstance(experts, Tensor) or experts.is_floating_point() or experts.is_complex():
+        raise TypeError(f"experts must be an integer tensor, got {getattr(experts, 'dtype', type(experts).__name__)}")
+    if experts.dim() != 2:
+        raise ValueError(f"experts must be [N, K], got {tuple(experts.shape)}")
     chosen = nn.functional.one_hot(experts.long(), num_experts).float().mean(1)  # [N, E]
     return _weights(experts, mask) @ chosen
 
@@ -137,6 +161,8 @@ def expert_share(experts: Tensor, num_experts: int, mask: Tensor | None = None) 
 def _weights(experts: Tensor, mask: Tensor | None) -> Tensor:
     """[N] equal weights of what counts, summing to 1."""
     N = experts.shape[0]
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     counts = torch.ones(N, device=experts.device) if mask is None else (mask != 0).float()
     if counts.shape != (N,):
         raise ValueError(f"mask must be [N] = ({N},), got {tuple(counts.shape)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_lora import dispatch
 from moe_lora.dropout import as_seed
-from moe_lora.ops import check, no_autocast
+from moe_lora.ops import autocast_dtype, check, no_autocast
 from moe_lora.routing import Plan, Routing
 
 _LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
@@ -55,16 +55,18 @@ def linear_group(
         ValueError, TypeError: as `linear`, or the lists differ in length.
     """
     lists = {"weights": weights, "biases": biases, "lora_as": lora_as, "lora_bs": lora_bs}
+    for name, each in lists.items():
+        if not isinstance(each, Sequence):
+            raise TypeError(f"{name} must be a list with one item for each member, got {type(each).__name__}")
     if not weights or any(len(each) != len(weights) for each in lists.values()):
         got = ", ".join(f"{len(each)} {name}" for name, each in lists.items())
         raise ValueError(f"a group needs as many weights, biases, lora_as and lora_bs, at least one, got {got}")
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-        biases = [None if bias is None else bias.to(dtype) for bias in biases]
     for member in zip(weights, biases, lora_as, lora_bs, strict=True):
         check(x, *member, routing, dropout)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
     seed = as_seed(seed) if dropout else None
     plan = (routing.experts, routing.gates, routing.offsets, scale, dropout, seed)
     lists = (list(weights), list(biases), list(lora_as), list(lora_bs))

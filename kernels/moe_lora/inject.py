@@ -14,12 +14,19 @@ from moe_lora.routing import Routing
 
 # Children that a module of the Llama family calls one after the other with the same x; q, k, v if it is causal.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def apply(model: nn.Module, config: MoELoRAConfig, group: bool = True) -> nn.Module:
     """Replaces the config's target linears by `MoELoRALinear`, in place, and freezes every other parameter.
 
+    Every target must be called with the rows of the whole batch in its order, [N, L, D] or flattened: the rows are
+    counted to know whose they are. A linear that is given picked rows, as one expert of a sparse MoE model is, must not
+    be a target.
+
     Args:
+        model: any model; its frozen parameters keep their dtype and device, and the experts are made on that device.
+        config: how many experts of which rank, on which linears.
         group: compute q_proj, k_proj and v_proj of a causal attention together, and gate_proj and up_proj, by
             `linear_group`, if all of them are targets. Names, parameters and results stay as they are; the siblings
             share a dropout mask. In a compiled graph and in inference mode, where a change of x between the calls
@@ -28,9 +35,13 @@ def apply(model: nn.Module, config: MoELoRAConfig, group: bool = True) -> nn.Mod
     Returns:
         The model.
     Raises:
-        ValueError: no linear matches (names what there is), the model has experts already, a target is no plain
-            nn.Linear, or the model's code would go round the layers.
+        ValueError: no linear matches the config or one of its names (names what there is), the model has experts
+            already, a target is no plain nn.Linear (GPT-2's Conv1D, a quantised linear) or has hooks, or the model's
+            code would go round the layers.
+        TypeError: config is no MoELoRAConfig.
     """
+    if not isinstance(config, MoELoRAConfig):
+        raise TypeError(f"config must be a moe_lora.MoELoRAConfig, got {type(config).__name__}")
     targets = find_targets(model, config)
     model.requires_grad_(False)
     slot = RouteSlot()
@@ -87,15 +98,35 @@ def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear
             )
     matches = _matcher(model, config.target_modules)
     targets: dict[str, Any] = {name: module for name, module in modules.items() if name and matches(name, module)}
-    if not targets:
-        linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
-        raise ValueError(
-            f"target_modules must match a linear, got {config.target_modules!r}; linears: {', '.join(linears)}"
-        )
+    wanted = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    idle = [target for target in wanted if not any(_named(name, target) for name in targets)]
+    if not targets or idle:
+        got = f"none for {', '.join(idle)}" if targets else repr(config.target_modules)
+        raise ValueError(f"target_modules must match a linear, got {got}; {_linears(modules)}")
     for name, module in targets.items():
         if type(module) is not nn.Linear:
-            raise ValueError(f"targets must be nn.Linear, got {type(module).__name__} at {name}")
+            raise ValueError(f"targets must be nn.Linear, got {_kind(module)} at {name}")
+        if type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
+            got = f"{type(module.weight).__name__} {module.weight.dtype}"
+            raise ValueError(f"targets must have a plain floating point weight, got {got} at {name}")
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise ValueError(f"targets must have no hooks, which would be lost, got some at {name}; hook after apply")
     return targets
+
+
+def _linears(modules: dict[str, nn.Module]) -> str:
+    """The model's linears by their last names, and what looks like one but is of another kind."""
+    kinds: dict[str, set[str]] = {"linears": set()}
+    for name, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if name and isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding):
+            kind = "linears" if type(module) is nn.Linear else f"not nn.Linear but {_kind(module)}"
+            kinds.setdefault(kind, set()).add(name.rpartition(".")[2])
+    return "; ".join(f"{kind}: {', '.join(sorted(names)) or 'none'}" for kind, names in kinds.items())
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 @contextmanager
@@ -103,10 +134,15 @@ def route(model: nn.Module, routing: Routing) -> Iterator[None]:
     """Within it, the experts of `model` use `routing`, in this thread; the innermost of nested ones counts.
 
     Holds for `model.generate` with beams and num_return_sequences too, and for what gradient checkpointing of
-    transformers recomputes later, in backward.
+    transformers (`model.gradient_checkpointing_enable()`) recomputes later, in backward. What `torch.utils.checkpoint`
+    itself recomputes has no routing unless backward runs within it too, in this thread.
 
+    Args:
+        model: a model with experts, or one that holds it, as DDP or torch.compile do.
+        routing: of the batch that the model is called with.
     Raises:
         ValueError: the model has no experts, or parts of it were given experts by separate calls of `apply`.
+        TypeError: routing is no Routing.
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
@@ -175,4 +211,8 @@ def _matcher(model: nn.Module, target_modules: tuple[str, ...] | str) -> Callabl
     if isinstance(target_modules, str):
         pattern = re.compile(target_modules)
         return lambda name, module: pattern.fullmatch(name) is not None
-    return lambda name, module: any(name == target or name.endswith("." + target) for target in target_modules)
+    return lambda name, module: any(_named(name, target) for target in target_modules)
+
+
+def _named(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)

@@ -1,7 +1,9 @@
 """`MoELoRALinear`: a frozen linear with E low-rank experts, in place of `nn.Linear`."""
 
 import math
+import re
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +22,11 @@ class MoELoRAConfig:
         num_experts, top_k, rank: E, K, R.
         alpha: the update is scaled by alpha / rank.
         dropout: probability on the input of the experts, in training only.
-        target_modules: names of linears, matched as the whole name or its end after a dot; or one str, a regular
-            expression for the whole name; or "all-linear", every nn.Linear but the output embedding.
+        target_modules: names of linears, matched as the whole name or its end after a dot, each of which must match;
+            or one str, a regular expression for the whole name; or "all-linear", every nn.Linear but the output
+            embedding.
+    Raises:
+        ValueError: a number is out of its range or none, or target_modules is empty or no regular expression.
     """
 
     num_experts: int = 4
@@ -32,20 +37,38 @@ class MoELoRAConfig:
     target_modules: tuple[str, ...] | str = field(default=("q_proj", "k_proj", "v_proj", "o_proj"))
 
     def __post_init__(self):
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        targets = self.target_modules
+        if isinstance(targets, Iterable) and not isinstance(targets, str):
+            object.__setattr__(self, "target_modules", tuple(targets))
         for name in ("num_experts", "top_k", "rank"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
+        for name in ("alpha", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if not self.alpha > 0 or not math.isfinite(self.alpha):
             raise ValueError(f"alpha must be positive, got {self.alpha!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if not self.target_modules or not all(isinstance(name, str) and name for name in self.target_modules):
-            raise ValueError(f"target_modules must be names of linears or one str, got {self.target_modules!r}")
+        self._check_target_modules()
+
+    def _check_target_modules(self) -> None:
+        targets = self.target_modules
+        if (
+            not isinstance(targets, str | tuple)
+            or not targets
+            or not all(isinstance(name, str) and name for name in targets)
+        ):
+            raise ValueError(f"target_modules must be names of linears or one str, got {targets!r}")
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"target_modules must be a regular expression, got {targets!r}: {error}") from error
 
 
 class RouteSlot(threading.local):
@@ -54,8 +77,10 @@ class RouteSlot(threading.local):
     A `threading.local` and not a `ContextVar`, because torch.compile traces the one and not the other.
     """
 
-    routing: Routing | None = None
-    siblings: "Siblings | None" = None  # while the forward of their parent runs
+    def __init__(self):
+        # in the instance, not in the class: torch.compile would guard that the instance has none yet
+        self.routing: Routing | None = None
+        self.siblings: Siblings | None = None  # while the forward of their parent runs
 
     def __reduce__(self):
         return RouteSlot, ()
@@ -64,14 +89,26 @@ class RouteSlot(threading.local):
 class MoELoRALinear(nn.Module):
     """y = x Wᵀ + bias + (alpha / R) Σ_k g_k drop(x) A_e B_e, with the routing of `moe_lora.route` or an explicit one.
 
-    Attributes: weight [F, D] and bias [F], the frozen base; lora_a [E, D, R] and lora_b [E, R, F], trainable, float32
-    also over a bf16 base (float64 over float64); in_features, out_features, scale, config.
+    Args:
+        weight: [F, D], the frozen base; taken over, not copied. A plain tensor stays out of the state dict.
+        bias: [F] or None, frozen too.
+        config: E, R, alpha and dropout; its top_k and target_modules are not used here.
+        slot: where `moe_lora.route` leaves the routing, shared by the layers of a model; None makes one.
+    Raises:
+        TypeError: weight is no tensor [F, D], or config no MoELoRAConfig.
+
+    Attributes: weight, bias; lora_a [E, D, R] and lora_b [E, R, F], trainable, float32 also over a bf16 base (float64
+    over float64); in_features, out_features, scale = alpha / R, config.
 
     A starts as U(±1/sqrt(D)) like in an ordinary LoRA, each expert with its own draw; B starts at zero.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, config: MoELoRAConfig, slot: RouteSlot | None = None):
         super().__init__()
+        if not isinstance(config, MoELoRAConfig):
+            raise TypeError(f"config must be a moe_lora.MoELoRAConfig, got {type(config).__name__}")
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise TypeError(f"weight must be a tensor [F, D], got {tuple(getattr(weight, 'shape', ())) or weight!r}")
         self.out_features, self.in_features = weight.shape
         self.config = config
         self.scale = config.alpha / config.rank
@@ -97,12 +134,19 @@ class MoELoRALinear(nn.Module):
         nn.init.zeros_(self.lora_b)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """y [..., F] for x [..., D]; experts and gates are those of `routing`, or if it is None of `moe_lora.route`.
+
+        Raises:
+            RuntimeError: there is neither.
+            ValueError, TypeError: as `moe_lora.linear`.
+        """
         if routing is None:
             routing = self.slot.routing
             if routing is None:
                 raise RuntimeError(
                     "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in "
-                    "the same thread, or pass routing="
+                    "the same thread, or pass routing=; if this is a recomputation in backward, checkpoint with "
+                    "model.gradient_checkpointing_enable()"
                 )
         siblings = None if torch.compiler.is_compiling() else self.slot.siblings
         y = siblings.output(self, x, routing) if siblings is not None else None

@@ -47,6 +47,8 @@ def linear(
         x: [..., D]; `Routing` says which rows belong to which instance.
         weight, bias: [F, D] and [F] or None, frozen, in x's dtype; under autocast cast like in F.linear.
         lora_a, lora_b: [E, D, R], [E, R, F], in any floating dtype; computed in x's, gradients in their own.
+        routing: which experts each row uses, with which weights.
+        scale: s, alpha / R in LoRA's terms; the chosen experts' sum is multiplied by it.
         dropout: probability, applied to x before A only; the mask is a function of the seed, see `dropout.py`.
         seed: None draws one from torch's default CPU generator; or an int; or a 0-dim int64 tensor, best on the CPU.
         backend: "auto" or a name in `backends()`; a named one runs or raises.
@@ -55,11 +57,10 @@ def linear(
     Raises:
         ValueError, TypeError: arguments disagree, weight or bias require grad, or the backend cannot run this call.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     check(x, weight, bias, lora_a, lora_b, routing, dropout)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     seed = as_seed(seed) if dropout else None
     y, _ = torch.ops.moe_lora.linear(
         x, weight, bias, lora_a, lora_b, routing.experts, routing.gates, routing.offsets, scale, dropout, seed, backend
@@ -73,6 +74,10 @@ def check(
     """Raises what `linear` raises for arguments that disagree."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
+    tensors = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., D], got {tuple(x.shape)} {x.dtype}")
     D = x.shape[-1]
@@ -86,10 +91,11 @@ def check(
     E, _, R = lora_a.shape
     if lora_b.shape != (E, R, F):
         raise ValueError(f"lora_b must be [E, R, F] = {(E, R, F)} like lora_a and weight, got {tuple(lora_b.shape)}")
+    casts = autocast_dtype(x) is not None
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype:
+        if tensor.dtype != x.dtype and not (casts and tensor.is_floating_point()):
             raise TypeError(f"{name} must be {x.dtype} like x, got {tensor.dtype}; cast one, or use torch.autocast")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must be frozen, got requires_grad=True; call {name}.requires_grad_(False)")
@@ -100,12 +106,11 @@ def check(
         raise ValueError(
             f"D, F and R must be at least 1, got weight {tuple(weight.shape)}, lora_a {tuple(lora_a.shape)}"
         )
-    devices = (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b), ("routing", routing.experts))
-    for name, tensor in devices:
+    for name, tensor in (tensors | {"routing": routing.experts}).items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if isinstance(dropout, str) or dropout is None or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
     routing.check(x.shape, E)
 
 
@@ -166,6 +171,14 @@ def _autograd(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple:
 
 def _autograd_of_backward(ctx: Any, *grads: Tensor) -> tuple:
     raise RuntimeError("moe_lora.linear has no second derivative; do not use create_graph=True through it")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to; None where it is off or, as for float64, leaves x alone."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def no_autocast(x: Tensor):

@@ -57,6 +57,8 @@ class Routing:
 
     def expand(self, factor: int) -> "Routing":
         """The routing of a batch whose every instance is repeated `factor` times in place, as for beams."""
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"factor must be an integer of at least 1, got {factor!r}")
         if factor == 1:
             return self
         if self.offsets is not None:
