@@ -29,9 +29,8 @@ def native_extensions():
     sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
     if not sources:
         raise SystemExit("csrc/cpu must hold the sources of moe_lora._C, found none")
-    # at::parallel_for is serial without OpenMP; its runtime is the one that torch has loaded, so none is linked.
-    # GCC 12 warns of its own AVX-512 headers.
-    flags = ["-O3", "-g0", "-fopenmp", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    # GCC 12 warns of its own AVX-512 headers
+    flags = ["-O3", "-g0", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     extensions = [
         CppExtension(
             "moe_lora._C",

@@ -66,14 +66,26 @@ def assert_group_right(case: Case, group: Group, backend: str = "auto") -> None:
     """All outputs and gradients are within the tolerance of `moe_lora.check`."""
     routing = group.routing
     plan = Plan(routing.experts, routing.gates, routing.offsets, check.SCALE, case.dropout, group.seed)
-    members = list(zip(group.weights, group.biases, group.lora_as, group.lora_bs, strict=True))
-    truth, torchs = (
-        _with_gradients(group, [oracle(group.x, *each, plan, dtype) for each in members])
-        for dtype in (torch.float64, group.x.dtype)
+    squares, plan_of_squares = _squared(group, plan)
+    truth, torchs, terms = (
+        _with_gradients(of, [oracle(of.x, *each, by, dtype) for each in zip(*of[1:5], strict=True)])
+        for of, by, dtype in (
+            (group, plan, torch.float64),
+            (group, plan, group.x.dtype),
+            (squares, plan_of_squares, torch.float64),
+        )
     )
     for name, got in outputs(case, group, backend).items():
-        error, limit = check.measured(got, truth[name], torchs[name], group.x.dtype)
+        error, limit = check.measured(got, truth[name], torchs[name], terms[name], group.x.dtype)
         assert error <= limit, f"{name} of {case}: error {error:.3e}, allowed {limit:.3e}"
+
+
+def _squared(group: Group, plan: Plan) -> tuple[Group, Plan]:
+    plan = check.squared_plan(plan)
+    routing = Routing(plan.experts, plan.gates, plan.offsets)
+    lists = ([check.squared(tensor) for tensor in tensors] for tensors in group[1:5])
+    dys = [check.squared(dy) for dy in group.dys]
+    return Group(check.squared(group.x), *lists, routing, dys, group.seed), plan
 
 
 def _with_gradients(group: Group, ys) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The one tolerance rule of the tests: `moe_lora.check`, err(backend) <= 2 · err(PyTorch in the same dtype) + floor."""
+"""The one tolerance rule of the tests, which is that of `moe_lora.check`."""
 
 from moe_lora.check import Case, Inputs, errors
 

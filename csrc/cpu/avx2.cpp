@@ -1,36 +1,6 @@
 // AVX2 and FMA, float. Other dtypes are converted as they are read.
-#include "kernels.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-#include <type_traits>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
-namespace moe_lora {
-namespace {
-#include "vector_avx2.h"
-
-#include "kernels_impl.h"
-
-#include "few_impl.h"
-}  // namespace
-
-extern const Kernels<float> kAvx2{pack<float>,       shrink<float>,   expand<float>, sum<float>,
-                                    few_shrink<float>, few_rows<float>, kDots};
-}  // namespace moe_lora
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define TARGET "avx2,fma,f16c"
+#define VECTORS "vector_avx2.h"
+#define ELEMENT float
+#define KERNELS kAvx2
+#include "instantiate.h"

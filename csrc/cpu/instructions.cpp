@@ -1,4 +1,4 @@
-// Which instruction sets there are, best first.
+// Which instruction sets there are, and the one in use.
 #include "kernels.h"
 
 namespace moe_lora {
@@ -31,5 +31,18 @@ const InstructionSet* instruction_sets() {
   return none;
 }
 #endif
+
+static const InstructionSet*& current() {
+  static const InstructionSet* set = [] {
+    const InstructionSet* best = instruction_sets();
+    while (best->name && !best->supported()) ++best;
+    return best;
+  }();
+  return set;
+}
+
+const InstructionSet& in_use() { return *current(); }
+
+void use(const InstructionSet& set) { current() = &set; }
 
 }  // namespace moe_lora

@@ -1,4 +1,4 @@
-// What the driver (linear.cpp) asks of the kernels, and the table of them for one instruction set.
+// What the driver (tiles.cpp, few.cpp) asks of the kernels, and the table of them for one instruction set.
 //
 // Everything is counted in 32-bit words along the summed dimension: a word is two neighbouring bf16 or one float, so that
 // one kernel serves both. A packed panel holds 16 columns: word w of column c at [w * 16 + c]; the words of one column of
@@ -151,6 +151,17 @@ struct InstructionSet {
 };
 
 const InstructionSet* instruction_sets();  // best first, a null name ends
+
+const InstructionSet& in_use();       // the best that runs here, or with a null name if none does
+void use(const InstructionSet& set);  // another one that runs here, to test it; not while a call runs
+
+template <class E>
+const Kernels<E>& kernels() {
+  if constexpr (sizeof(E) == 2)
+    return *in_use().half;
+  else
+    return *in_use().single;
+}
 
 void* scratch(int which, int64_t bytes);  // of this thread, aligned to a page, kept until it ends
 

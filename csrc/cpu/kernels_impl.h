@@ -63,9 +63,9 @@ template <class E, int M>
 void tile_rows(const Segment* segments, int count, int vectors, float* c, int64_t stride, bool add_to) {
   switch (vectors) {
     case 1: return tile_of<E, M, 1>(segments, count, c, stride, add_to);
-    case 2: return tile_of<E, M, 2>(segments, count, c, stride, add_to);
-    case 3: return tile_of<E, M, 3>(segments, count, c, stride, add_to);
-    default: return tile_of<E, M, 4>(segments, count, c, stride, add_to);
+    case 2: return tile_of<E, M, std::min(2, kVectors)>(segments, count, c, stride, add_to);
+    case 3: return tile_of<E, M, std::min(3, kVectors)>(segments, count, c, stride, add_to);
+    default: return tile_of<E, M, kVectors>(segments, count, c, stride, add_to);
   }
 }
 

@@ -47,12 +47,10 @@ inline U as_words(F x) { return {_mm256_castps_si256(x.low), _mm256_castps_si256
 inline F as_floats(U x) { return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
 inline F dot(F acc, U x, U y, float) { return multiply_add(as_floats(x), as_floats(y), acc); }
 
-inline F load(const bf16* p) {
-  const auto half = [](const bf16* q) {
-    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)q)), 16);
-  };
-  return as_floats({half(p), half(p + 8)});
+inline __m256i eight(const bf16* p) {
+  return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
+inline F load(const bf16* p) { return as_floats({eight(p), eight(p + 8)}); }
 inline F load(const fp16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }

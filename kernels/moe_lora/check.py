@@ -1,16 +1,22 @@
 """Is a backend right on this machine? Its output and gradients against the float64 oracle.
 
-The tolerance, one rule for everything: err(backend) <= 2 · err(PyTorch in the same dtype) + floor · max |truth|, both
-errors the largest absolute difference from the oracle in float64.
+The tolerance, one rule for each element of everything:
+
+    |backend - truth| <= 2 · max |PyTorch in the same dtype - truth| + floor · max(|truth|, sqrt(Σ term²))
+
+The truth is the oracle in float64. The terms are the products that an element sums, as x_td W_fd or s g x_td A_dr B_rf:
+the op is linear in each of its tensors, so the same op on their squares sums the terms' squares. Random terms sum up to
+about that root; when they cancel, it stays, as their rounding errors do.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_lora.dispatch import differentiable
-from moe_lora.dropout import as_seed
+from moe_lora.dropout import as_seed, keep_scale
 from moe_lora.ops import linear
 from moe_lora.reference import oracle
 from moe_lora.routing import Plan, Routing
@@ -99,30 +105,57 @@ def make(case: Case, dtype: torch.dtype, master: torch.dtype | None = None, devi
 
 
 def errors(case: Case, inputs: Inputs, backend: str = "auto") -> dict[str, tuple[float, float]]:
-    """(error, allowed) of y, and of each gradient if the backend has a backward."""
-    x, weight, bias, lora_a, lora_b, routing, dy, seed = inputs
-    plan = Plan(routing.experts, routing.gates, routing.offsets, SCALE, case.dropout, seed)
-    y = linear(x, weight, bias, lora_a, lora_b, routing, SCALE, case.dropout, seed, backend)
-    truth, torchs = (oracle(x, weight, bias, lora_a, lora_b, plan, dtype) for dtype in (torch.float64, x.dtype))
-    rows, leaves = {"y": (y, truth, torchs)}, inputs.leaves() if differentiable(backend) else {}
-    grads = [
-        torch.autograd.grad(out, list(leaves.values()), dy.to(out.dtype), allow_unused=True, materialize_grads=True)
-        for out in (y, truth, torchs)
-        if leaves
-    ]
-    rows |= {"d" + name: each for name, each in zip(leaves, zip(*grads, strict=True), strict=True)}
-    return {name: measured(*each, x.dtype) for name, each in rows.items()}
+    """(error, allowed) of y, and of each gradient if the backend has a backward: where the error exceeds most."""
+    routing = inputs.routing
+    plan = Plan(routing.experts, routing.gates, routing.offsets, SCALE, case.dropout, inputs.seed)
+    plan_of_squares = squared_plan(plan)
+    squares = inputs._replace(
+        routing=replace(routing, gates=plan_of_squares.gates),
+        **{name: squared(getattr(inputs, name)) for name in ("x", "weight", "bias", "lora_a", "lora_b", "dy")},
+    )
+    outs = (
+        (linear(*inputs[:6], SCALE, case.dropout, inputs.seed, backend), inputs),
+        (oracle(*inputs[:5], plan), inputs),
+        (oracle(*inputs[:5], plan, inputs.x.dtype), inputs),
+        (oracle(*squares[:5], plan_of_squares), squares),
+    )
+    rows = {"y": [y for y, _ in outs]}
+    if differentiable(backend):
+        grads = zip(*(gradients(y, of.leaves(), of.dy) for y, of in outs), strict=True)
+        rows |= {"d" + name: each for name, each in zip(inputs.leaves(), grads, strict=True)}
+    return {name: measured(*each, inputs.x.dtype) for name, each in rows.items()}
 
 
-def measured(got: Tensor, want: Tensor, torchs: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """(error, allowed) of what a backend got, where `want` is the truth and `torchs` PyTorch's in this dtype."""
-    return _error(got, want), _allowed(torchs, want, dtype)
+def gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    """Of each leaf, zeros where y does not depend on it."""
+    return torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype), allow_unused=True, materialize_grads=True)
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    return (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
+def squared(tensor: Tensor | None) -> Tensor | None:
+    """A leaf of a tensor's squares, in float64."""
+    return None if tensor is None else tensor.detach().double().square().requires_grad_()
 
 
-def _allowed(torchs: Tensor, want: Tensor, dtype: torch.dtype) -> float:
-    largest = want.double().abs().max().item() if want.numel() else 0.0
-    return 2 * _error(torchs, want) + FLOOR[dtype] * largest
+def squared_plan(plan: Plan) -> Plan:
+    """The plan by which squared tensors make the sums of squared terms; picks of one expert are one term."""
+    gates = plan.gates.detach().double()
+    same = plan.experts[:, :, None] == plan.experts[:, None]  # [N, K, K]
+    gates = gates * (same * gates[:, None]).sum(-1)
+    return plan._replace(gates=gates.requires_grad_(), scale=plan.scale**2 * keep_scale(plan.dropout))
+
+
+def measured(got: Tensor, want: Tensor, torchs: Tensor, squares: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """(error, allowed) of what a backend got, at the element where the error exceeds what is allowed most.
+
+    Args:
+        want: the truth.
+        torchs: PyTorch's in this dtype.
+        squares: the sums of squared terms.
+    """
+    if not want.numel():
+        return 0.0, 0.0
+    got, want, torchs, squares = (tensor.double() for tensor in (got, want, torchs, squares))
+    error = (got - want).abs()
+    allowed = 2 * (torchs - want).abs().max() + FLOOR[dtype] * want.abs().maximum(squares.sqrt())
+    worst = (error - allowed).argmax()  # a NaN, if there is one
+    return error.flatten()[worst].item(), allowed.flatten()[worst].item()
