@@ -82,10 +82,12 @@ def assert_group_right(case: Case, group: Group, backend: str = "auto") -> None:
 
 def _squared(group: Group, plan: Plan) -> tuple[Group, Plan]:
     plan = check.squared_plan(plan)
+    lists = {
+        name: [None if tensor is None else check.squared(tensor) for tensor in getattr(group, name)]
+        for name in ("weights", "biases", "lora_as", "lora_bs", "dys")
+    }
     routing = Routing(plan.experts, plan.gates, plan.offsets)
-    lists = ([check.squared(tensor) for tensor in tensors] for tensors in group[1:5])
-    dys = [check.squared(dy) for dy in group.dys]
-    return Group(check.squared(group.x), *lists, routing, dys, group.seed), plan
+    return group._replace(x=check.squared(group.x), routing=routing, **lists), plan
 
 
 def _with_gradients(group: Group, ys) -> dict[str, Tensor]:

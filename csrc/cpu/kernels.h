@@ -103,7 +103,7 @@ struct Sum {  // out_e = Σ over the expert's rows of sᵀ · rows
   const E* rows;
   int64_t stride, columns;   // rows [T, columns]
   const E* s;                // as in Expand
-  int used, R;
+  int R;
   Routes routes;
   float* out;                // [used, R, columns], or [used, columns, R] if `across`
   bool across;
@@ -137,7 +137,7 @@ struct Kernels {
   // of members that share rows, their mask and R; `expand` makes one sum over all of them
   void (*shrink)(const Shrink<E>*, int members, int64_t tile_begin, int64_t tile_end);
   void (*expand)(const Expand<E>*, int members, int64_t first, int64_t tile_begin, int64_t tile_end);
-  void (*sum)(const Sum<E>*, int members, int64_t first);
+  void (*sum)(const Sum<E>*, int members, int expert, int64_t first);
   void (*few_shrink)(const Few<E>&, int expert, int64_t split);
   void (*few_rows)(const Few<E>&, int64_t first);
   int dots;  // up to so many rows, few_rows takes dot products

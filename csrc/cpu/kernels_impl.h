@@ -464,9 +464,9 @@ void store_sums(const Sum<E>& job, const float* sums, int64_t first, int64_t col
     }
 }
 
-// Columns first .. first + kColumns of every expert's sum.
+// Columns first .. first + kColumns of an expert's sum.
 template <class E>
-void sum(const Sum<E>* jobs, int members, int64_t first) {
+void sum(const Sum<E>* jobs, int members, int expert, int64_t first) {
   const Sum<E>& job = *jobs;
   const int64_t columns = std::min<int64_t>(kColumns, job.columns - first), most = kBlock * kPer<E>;
   const int64_t even = words_of<E>(job.R) * kPer<E>;
@@ -476,25 +476,23 @@ void sum(const Sum<E>* jobs, int members, int64_t first) {
   auto* left = (uint32_t*)scratch(kLeft, groups * kBlock * kLanes * 4);
   auto* sums = (float*)scratch(kSums, members * size * sizeof(float));
   auto* dropped = job.mask.on ? (E*)scratch(kRows, most * kColumns * sizeof(E)) : nullptr;
-  for (int e = 0; e < job.used; ++e) {
-    const int64_t begin = job.routes.starts[e], end = job.routes.starts[e + 1];
-    if (begin == end) std::memset(sums, 0, members * size * sizeof(float));
-    for (int64_t at = begin; at < end; at += most) {
-      const int64_t depth = std::min(most, end - at);
-      const auto row = [&](int64_t i) { return job.rows + job.routes.rows[at + i] * job.stride + first; };
-      if (dropped) {
-        for (int64_t i = 0; i < depth; ++i)
-          drop(job.mask, job.routes.rows[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
-        pack_down<E, E>([&](int64_t i) { return dropped + i * kColumns; }, columns, depth, right);
-      } else {
-        pack_down<E, E>(row, columns, depth, right);
-      }
-      for (int m = 0; m < members; ++m) {
-        pack_down<E, E>([&](int64_t i) { return jobs[m].s + job.routes.slots[at + i] * even; }, job.R, depth, left);
-        sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums + m * size, at > begin);
-      }
+  const int64_t begin = job.routes.starts[expert], end = job.routes.starts[expert + 1];
+  if (begin == end) std::memset(sums, 0, members * size * sizeof(float));
+  for (int64_t at = begin; at < end; at += most) {
+    const int64_t depth = std::min(most, end - at);
+    const auto row = [&](int64_t i) { return job.rows + job.routes.rows[at + i] * job.stride + first; };
+    if (dropped) {
+      for (int64_t i = 0; i < depth; ++i)
+        drop(job.mask, job.routes.rows[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
+      pack_down<E, E>([&](int64_t i) { return dropped + i * kColumns; }, columns, depth, right);
+    } else {
+      pack_down<E, E>(row, columns, depth, right);
     }
-    for (int m = 0; m < members; ++m)
-      store_sums(job, sums + m * size, first, columns, jobs[m].out + int64_t(e) * job.R * job.columns);
+    for (int m = 0; m < members; ++m) {
+      pack_down<E, E>([&](int64_t i) { return jobs[m].s + job.routes.slots[at + i] * even; }, job.R, depth, left);
+      sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums + m * size, at > begin);
+    }
   }
+  for (int m = 0; m < members; ++m)
+    store_sums(job, sums + m * size, first, columns, jobs[m].out + int64_t(expert) * job.R * job.columns);
 }

@@ -50,10 +50,9 @@ std::vector<Tensor> empty_ranks(const Call& call, const Plan& plan) {
 
 template <class E>
 void run(const Shrink<E>* jobs, int members, const Plan& plan) {
-  const auto tiles = int64_t(plan.tiles.size());
-  each((tiles + kChunk - 1) / kChunk, [&](int64_t i) {
-    kernels<E>().shrink(jobs, members, i * kChunk, std::min(tiles, (i + 1) * kChunk));
-  });
+  const int64_t tiles = plan.tiles.size(), rounds = (tiles + kChunk * threads() - 1) / (kChunk * threads());
+  const int64_t chunks = std::min(tiles, rounds * threads());  // at most kChunk tiles each, as many for each thread
+  each(chunks, [&](int64_t i) { kernels<E>().shrink(jobs, members, i * tiles / chunks, (i + 1) * tiles / chunks); });
 }
 
 // rows · weight + s · lora, to be added up or written to `out`
@@ -75,13 +74,14 @@ void run(const std::vector<Expand<E>>& jobs, const Plan& plan, bool summed) {
   std::vector<std::pair<const Expand<E>*, int64_t>> panels;  // and their first column
   for (const Expand<E>* job = jobs.data(); job < jobs.data() + jobs.size(); job += members)
     for (int64_t first = 0; first < job->columns; first += kColumns) panels.emplace_back(job, first);
-  const int64_t count = panels.size(), tiles = plan.tiles.size(), chunks = (tiles + kChunk - 1) / kChunk;
-  const int64_t wanted = 4 * threads();  // tasks
-  const int64_t ranges = threads() == 1 || count >= wanted ? 1 : std::min(chunks, (wanted + count - 1) / count);
-  each(count * ranges, [&](int64_t i) {
-    const int64_t range = i % ranges, begin = range * chunks / ranges * kChunk, end = (range + 1) * chunks / ranges * kChunk;
-    const auto [job, first] = panels[i / ranges];
-    kernels<E>().expand(job, members, first, begin, std::min(end, tiles));
+  if (panels.empty()) return;
+  // Few panels are cut by rows, but each part packs the panel: not more parts than threads, nor less than kChunk tiles each.
+  const int64_t count = panels.size(), tiles = plan.tiles.size(), wanted = (4 * threads() + count - 1) / count;
+  const int64_t parts = std::min({wanted, threads(), (tiles + kChunk - 1) / kChunk});
+  each(count * parts, [&](int64_t i) {
+    const auto [job, first] = panels[i / parts];
+    const int64_t part = i % parts;
+    kernels<E>().expand(job, members, first, part * tiles / parts, (part + 1) * tiles / parts);
   });
 }
 
@@ -96,12 +96,13 @@ Tensors sum(const Tensor& rows, const Tensors& ss, const Call& call, const Plan&
     outs.push_back(at::empty({used, likes[m].size(1), likes[m].size(2)}, at::kFloat));
     Sum<E> job{};
     job.rows = data<E>(rows), job.stride = rows.stride(0), job.columns = rows.size(1), job.s = data<E>(ss[m]);
-    job.R = call.R(), job.used = int(used), job.routes = plan.routes();
+    job.R = call.R(), job.routes = plan.routes();
     job.out = mutable_data<float>(outs[m]), job.mask = mask, job.across = across;
     jobs.push_back(job);
   }
-  each((rows.size(1) + kColumns - 1) / kColumns, [&](int64_t i) {
-    kernels<E>().sum(jobs.data(), int(jobs.size()), i * kColumns);
+  const int64_t panels = (rows.size(1) + kColumns - 1) / kColumns;
+  each(used * panels, [&](int64_t i) {
+    kernels<E>().sum(jobs.data(), int(jobs.size()), int(i / panels), i % panels * kColumns);
   });
   for (size_t m = 0; m < ss.size(); ++m) {
     const Tensor sums = outs[m];

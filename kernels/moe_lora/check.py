@@ -111,7 +111,8 @@ def errors(case: Case, inputs: Inputs, backend: str = "auto") -> dict[str, tuple
     plan_of_squares = squared_plan(plan)
     squares = inputs._replace(
         routing=replace(routing, gates=plan_of_squares.gates),
-        **{name: squared(getattr(inputs, name)) for name in ("x", "weight", "bias", "lora_a", "lora_b", "dy")},
+        bias=None if inputs.bias is None else squared(inputs.bias),
+        **{name: squared(getattr(inputs, name)) for name in ("x", "weight", "lora_a", "lora_b", "dy")},
     )
     outs = (
         (linear(*inputs[:6], SCALE, case.dropout, inputs.seed, backend), inputs),
@@ -119,11 +120,11 @@ def errors(case: Case, inputs: Inputs, backend: str = "auto") -> dict[str, tuple
         (oracle(*inputs[:5], plan, inputs.x.dtype), inputs),
         (oracle(*squares[:5], plan_of_squares), squares),
     )
-    rows = {"y": [y for y, _ in outs]}
+    rows = {"y": tuple(y for y, _ in outs)}
     if differentiable(backend):
         grads = zip(*(gradients(y, of.leaves(), of.dy) for y, of in outs), strict=True)
         rows |= {"d" + name: each for name, each in zip(inputs.leaves(), grads, strict=True)}
-    return {name: measured(*each, inputs.x.dtype) for name, each in rows.items()}
+    return {name: measured(*each, dtype=inputs.x.dtype) for name, each in rows.items()}
 
 
 def gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> tuple[Tensor, ...]:
@@ -131,9 +132,9 @@ def gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> tuple[Tensor,
     return torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype), allow_unused=True, materialize_grads=True)
 
 
-def squared(tensor: Tensor | None) -> Tensor | None:
+def squared(tensor: Tensor) -> Tensor:
     """A leaf of a tensor's squares, in float64."""
-    return None if tensor is None else tensor.detach().double().square().requires_grad_()
+    return tensor.detach().double().square().requires_grad_()
 
 
 def squared_plan(plan: Plan) -> Plan:
