@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 # transformers 5 also calls it activation_checkpointing_enable; the older name is the one that every version has
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 
+QKV = ("q_proj", "k_proj", "v_proj")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
 IDS = torch.arange(28).view(4, 7) * 5 % 47 + 3
 ROUTING = Routing(
@@ -142,7 +143,10 @@ def test_grouped_model_checkpointed_and_compiled():
 
 def test_compiled_siblings_run_alone():
     torch.manual_seed(0)
-    model, found = moe_lora.apply(Attention(lambda x: x.mul_(2)), MoELoRAConfig(4, 2, 3, dropout=0)), []
+    model, found = (
+        moe_lora.apply(Attention(lambda x: x.mul_(2)), MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV)),
+        [],
+    )
     compiled = torch.compile(model, fullgraph=True, backend=operations(found))
     with moe_lora.route(model, ROUTING), torch.no_grad():
         torch.testing.assert_close(compiled(torch.ones(4, 5, 8)), model(torch.ones(4, 5, 8)))
@@ -198,7 +202,7 @@ def test_siblings_get_what_each_gives_alone(between, groups):
     found = []
     for group in (True, False):
         torch.manual_seed(0)
-        model = moe_lora.apply(Attention(between), MoELoRAConfig(4, 2, 3, dropout=0), group=group)
+        model = moe_lora.apply(Attention(between), MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV), group=group)
         for layer in (model.q_proj, model.k_proj, model.v_proj):
             nn.init.normal_(layer.lora_b)
         with moe_lora.route(model, ROUTING), torch.no_grad():
@@ -208,7 +212,7 @@ def test_siblings_get_what_each_gives_alone(between, groups):
 
 
 def test_siblings_run_alone_where_they_cannot_be_seen_together(groups):
-    config, x = MoELoRAConfig(4, 2, 3, dropout=0), torch.ones(4, 5, 8)
+    config, x = MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV), torch.ones(4, 5, 8)
     model = moe_lora.apply(Attention(lambda x: x), config)
     with moe_lora.route(model, ROUTING):
         with torch.inference_mode():
@@ -228,7 +232,7 @@ def test_siblings_run_alone_where_they_cannot_be_seen_together(groups):
 
 
 def test_siblings_of_many_threads_stay_apart(groups):
-    model = moe_lora.apply(Attention(lambda x: x), MoELoRAConfig(4, 2, 3, dropout=0))
+    model = moe_lora.apply(Attention(lambda x: x), MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV))
     barrier, wrong = threading.Barrier(4), []
 
     def work(seed):
