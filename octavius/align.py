@@ -257,7 +257,8 @@ def _focus(scene: SceneProjector, batch: dict[str, Tensor], meanings: Tensor) ->
     objects = (batch["objects"].float() + scene.pos_3d_proj(batch["boxes"]))[:, 0]
     mean, std = objects.mean(0), objects.std(0) + 1e-2
     x = (objects - mean) / std
-    kinds = KMeans(min(len(queries), len(x)), n_init=1, random_state=0).fit_predict(meanings.numpy())
+    apart = torch.cat((meanings / meanings.std().clamp(min=1e-6), 0.1 * x), 1)  # looks part what words do not
+    kinds = KMeans(min(len(queries), len(x)), n_init=1, random_state=0).fit_predict(apart.numpy())
     target = nn.functional.one_hot(torch.from_numpy(kinds).long(), len(queries)) - 1 / len(queries)
     classifier = _ridge(iter([(x, target, 1.0)]), x.shape[1], len(queries))
     classifier *= FOCUS / (x @ classifier).std(0).mean()
