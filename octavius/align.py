@@ -231,7 +231,7 @@ def align_scenes(
     D = table.shape[1]
     places = ((boxes - boxes.mean(0)) / boxes.std(0).clamp(min=1e-3)) @ _directions(6, D) * table.std() * D**0.5
     solved = [_ridge(iter([rows]), x.shape[1], D) for rows in ((x, words, known), (x, places, 1.0))]
-    solved = sum(part / (x @ part).std() for part in solved)  # as loud as each other
+    solved = torch.stack([part / (x @ part).std() for part in solved]).sum(0)  # as loud as each other
     linear, norm = scene.llama_proj_3d
     assert isinstance(linear, nn.Linear) and isinstance(norm, nn.LayerNorm)
     start = KEPT_OF_SCENES * linear.weight / (x @ linear.weight.T).std() + LOUDNESS * solved.T / (x @ solved).std()
@@ -258,7 +258,7 @@ def _focus(scene: SceneProjector, batch: dict[str, Tensor], meanings: Tensor) ->
     mean, std = objects.mean(0), objects.std(0) + 1e-2
     x = (objects - mean) / std
     apart = torch.cat((meanings / meanings.std().clamp(min=1e-6), 0.1 * x), 1)  # looks part what words do not
-    kinds = KMeans(min(len(queries), len(x)), n_init=1, random_state=0).fit_predict(apart.numpy())
+    kinds = KMeans(min(len(queries), len(x)), random_state=0).fit_predict(apart.numpy())
     target = nn.functional.one_hot(torch.from_numpy(kinds).long(), len(queries)) - 1 / len(queries)
     classifier = _ridge(iter([(x, target, 1.0)]), x.shape[1], len(queries))
     classifier *= FOCUS / (x @ classifier).std(0).mean()

@@ -204,7 +204,7 @@ class OctaviusTrainer(Trainer):
     tokens = 0
     aligned = False
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model=None):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
