@@ -41,7 +41,7 @@ LOUDNESS = 6.0  # standard deviation of the LLM's picture tokens, in that of its
 KEPT = 0.5  # share of the random start that stays, so that all else that the tower sees comes through too
 KEPT_OF_SCENES = 2.0  # the same of scenes, whose colours else drown in names and places
 RECORDS = 3000  # of each kind, at most
-FOCUS = 4.0  # standard deviation of a query's attention scores over the objects of a scene
+FOCUS = 4.0  # standard deviation of a query's attention scores over single objects
 SCENES = 1000  # at most
 CHUNK = 64
 

@@ -29,7 +29,7 @@ from octavius.upstream3d import read_layout, read_pickle
 EMBEDDED = {"mini-lamm": minilamm.build, "mini-scan2inst": rooms.build}
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 DONE = "train.json"  # what a finished run leaves
-ALIGNED_RATE = 0.1  # of the learning rate, for projectors that start in closed form: more would unlearn the start
+ALIGNED_RATE = 0.1  # of the learning rate, for projectors that start in closed form, so that they keep it
 CALIBRATION = 256  # pictures that the projector's statistics come from
 
 
