@@ -22,9 +22,9 @@ ROUTING = Routing(
 )
 
 
-def llama(group=True, targets=TARGETS, dropout=0.0):
+def llama(group=True, targets=TARGETS, dropout=0.0, layers=2):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, **heads, use_cache=False))
     moe_lora.apply(model, MoELoRAConfig(4, 2, 3, 6, dropout, targets), group=group)
@@ -139,6 +139,19 @@ def test_grouped_model_checkpointed_and_compiled():
         layer.compile(backend="aot_eager", dynamic=True)
     for got, expected in zip(step(model), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_decoder_layers_compile_once_for_all():
+    """Numbers of hooks, which differ from layer to layer, must not be in what torch.compile guards."""
+    torch.compiler.reset()
+    model, found = llama(layers=6), []
+    compiler = operations(found)
+    for layer in model.model.layers:
+        layer.compile(backend=compiler, fullgraph=True, dynamic=True)
+    for L in (5, 7):
+        with moe_lora.route(model, ROUTING), torch.no_grad():
+            model(IDS[:, :L])
+    assert found == [[0, 6]]
 
 
 def test_compiled_siblings_run_alone():

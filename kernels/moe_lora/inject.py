@@ -64,7 +64,8 @@ def _group(parent: nn.Module, slot: RouteSlot) -> None:
         if causal and all(isinstance(layer, MoELoRALinear) for layer in layers) and len(set(layers)) == len(layers):
             hooks = _Together(slot, names)
             parent.register_forward_pre_hook(hooks.before)
-            parent.register_forward_hook(hooks.after, always_call=True)
+            # one that is always called would have torch.compile guard its number, and compile each layer of a model anew
+            parent.register_forward_hook(hooks.after)
 
 
 class _Together:
@@ -151,7 +152,7 @@ def route(model: nn.Module, routing: Routing) -> Iterator[None]:
     try:
         yield
     finally:
-        slot.routing = before
+        slot.routing, slot.siblings = before, None  # siblings that a failed forward left
 
 
 def _prepare(model: nn.Module) -> RouteSlot:
