@@ -75,7 +75,8 @@ class DataConfig:
     """Where the records are. `mini-lamm:SIZE`, `mini-scan2inst:SIZE` build the embedded data; else a root is a folder.
 
     root, root_3d: of pictures and of clouds; None for none. loop, loop_3d: how often an epoch passes over each;
-    loop_detection: over the pictures' detections, whose long answers are learnt last.
+    loop_detection: over the pictures' detections, whose long answers are learnt last; detection_first: so many batches
+    of them come before all else.
     train_3d: a JSON file, or upstream's .pickle.
     """
 
@@ -84,6 +85,7 @@ class DataConfig:
     loop: int = 1
     loop_3d: int = 1
     loop_detection: int = 1
+    detection_first: int = 0
     train: str = "train.json"
     train_3d: str = "train.json"
     images: str | None = None  # folder that the records' image paths start from; None: beside the JSON file

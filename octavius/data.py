@@ -8,7 +8,7 @@ point clouds have `pcl`, the cloud's file, and `object_id` where they are about 
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,11 +238,14 @@ class BucketSampler(torch.utils.data.Sampler[int]):
         lengths: of the samples.
         batch_size: samples that a step pads together.
         seed: of the order; every pass over the data has another.
+        first: samples that the first pass begins with.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0, window: int = 20):
+    def __init__(
+        self, lengths: list[int], batch_size: int, seed: int = 0, window: int = 20, first: Sequence[int] = ()
+    ):
         self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
-        self.epoch = 0
+        self.first, self.epoch = frozenset(first), 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -254,6 +257,8 @@ class BucketSampler(torch.utils.data.Sampler[int]):
         rng = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self)))
         rng.shuffle(order)
+        if not self.epoch:
+            order.sort(key=lambda row: row not in self.first)
         for start in range(0, len(order), self.batch_size * self.window):
             rows = sorted(order[start : start + self.batch_size * self.window], key=lambda row: self.lengths[row])
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

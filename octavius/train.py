@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,9 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         data_collator=Collator(model.conversation.eos, stores.pictures, objects=stores.scenes),
     )
     trainer.aligned = config.train.align
+    detections = [index for index, record in enumerate(looped) if record.task_type == "detection"]
+    random.Random(config.train.seed).shuffle(detections)
+    trainer.first = detections[: config.data.detection_first * config.train.batch_size]
     result = trainer.train(resume_from_checkpoint=True if last else None)
     model.save(output)
     log = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
@@ -198,11 +203,13 @@ def training_arguments(config: Config) -> TrainingArguments:
 class OctaviusTrainer(Trainer):
     """Trainer that saves and loads what trains, not the frozen LLM, and counts the tokens that it trains on.
 
-    With `aligned` the projectors have parameter groups of their own, at ALIGNED_RATE of the learning rate.
+    With `aligned` the projectors have parameter groups of their own, at ALIGNED_RATE of the learning rate; `first` are
+    the samples that training begins with.
     """
 
     tokens = 0
     aligned = False
+    first: Sequence[int] = ()
 
     def create_optimizer(self, model=None):
         if self.optimizer is not None:
@@ -224,7 +231,7 @@ class OctaviusTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         data = self.train_dataset
         lengths = [len(data[index]["input_ids"]) for index in range(len(data))]  # type: ignore[arg-type, index]
-        return BucketSampler(lengths, self.args.train_batch_size, self.args.seed)
+        return BucketSampler(lengths, self.args.train_batch_size, self.args.seed, first=self.first)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.model.save(Path(output_dir or self.args.output_dir))  # type: ignore[union-attr]

@@ -207,6 +207,14 @@ def test_sampler_visits_every_sample_once_in_an_order_of_its_own_for_each_pass()
     assert list(BucketSampler(LENGTHS, 4, seed=2, window=3)) != first
 
 
+def test_sampler_begins_with_what_it_is_told_to():
+    sampler = BucketSampler(LENGTHS, batch_size=4, seed=1, window=3, first=range(5, 17))
+    order = list(sampler)
+    assert sorted(order[:12]) == list(range(5, 17)) and sorted(order) == list(range(47))
+    sampler.set_epoch(1)
+    assert sorted(list(sampler)[:12]) != list(range(5, 17))
+
+
 def test_sampler_puts_like_lengths_together_and_mixes_the_batches():
     order = [LENGTHS[index] for index in BucketSampler(LENGTHS, batch_size=4, seed=1, window=3)]
     batches = [order[start : start + 4] for start in range(0, 47, 4)]
