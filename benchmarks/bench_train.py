@@ -7,7 +7,8 @@
     frozen          the linears without any experts: the floor
 
 All: SmolLM2-135M-Instruct in bfloat16, float32 trainable weights, EfficientNet-Lite0 tokens, the same batches of
-mini-LAMM, AdamW. All but peft-usual: pictures' features kept, logits only where labels are, `load_llm`'s attention.
+mini-LAMM, AdamW. All but peft-usual: pictures' features kept, logits only where labels are, `load_llm`'s
+attention, and with --compile compiled decoder layers.
 Prints tokens (padding not counted) per second, median, 20th and 80th percentile over the steps, and the median of the
 ratio to `frozen` in each step; and new tokens per second of greedy generation for a batch of prompts. The providers run
 in turn in one process; one thread is timed by its own CPU time, more by the wall.
@@ -17,6 +18,7 @@ Usage: python benchmarks/bench_train.py [--steps 6] [--batch 8] [--new 24] [--th
 """
 
 import argparse
+import copy
 import dataclasses
 import os
 import statistics
@@ -79,38 +81,40 @@ class Peft(torch.nn.Module):
     @torch.inference_mode()
     def generate(self, input_ids, attention_mask, features, gate_mask, **options):
         embeds = self.embed(input_ids, features)
-        return self.llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, do_sample=False, **options)
+        with torch.compiler.set_stance("force_eager"):  # as ours
+            return self.llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, do_sample=False, **options)
 
 
-def frozen(layer: moe_lora.MoELoRALinear, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, layer.weight, layer.bias)
+class Frozen(moe_lora.MoELoRALinear):
+    def forward(self, x, routing=None):
+        return F.linear(x, self.weight, self.bias)
 
 
-def einsum(layer: moe_lora.MoELoRALinear, x: torch.Tensor) -> torch.Tensor:
-    routing = layer.slot.routing
-    assert routing is not None
-    dense = x.new_zeros(x.shape[0], layer.lora_a.shape[0])
-    dense = dense.scatter_add(1, routing.experts.long(), routing.gates.to(x.dtype)) * layer.scale
-    h = torch.einsum("nld,edr->nler", x, layer.lora_a.to(x.dtype))
-    out = torch.einsum("nler,erf->nlef", h, layer.lora_b.to(x.dtype))
-    return frozen(layer, x) + torch.einsum("nlef,ne->nlf", out, dense)
+class Einsum(moe_lora.MoELoRALinear):
+    def forward(self, x, routing=None):
+        routing = self.slot.routing
+        assert routing is not None
+        dense = x.new_zeros(x.shape[0], self.lora_a.shape[0])
+        dense = dense.scatter_add(1, routing.experts.long(), routing.gates.to(x.dtype)) * self.scale
+        h = torch.einsum("nld,edr->nler", x, self.lora_a.to(x.dtype))
+        out = torch.einsum("nler,erf->nlef", h, self.lora_b.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + torch.einsum("nlef,ne->nlf", out, dense)
+
+
+def other(ours: Octavius, kind: type[moe_lora.MoELoRALinear]) -> Octavius:
+    """A copy whose linears with experts are computed in another way."""
+    model = copy.deepcopy(ours)
+    for layer in model.modules():
+        if type(layer) is moe_lora.MoELoRALinear:
+            layer.__class__ = kind
+    return model
 
 
 @contextmanager
-def computed_by(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """Within it, the model's linears are computed in the provider's way."""
-    form = {"frozen": frozen, "einsum": einsum}.get(name)
-    if form is None:
-        os.environ["MOE_LORA_BACKEND"] = name if name in moe_lora.backends() else "auto"
-        yield
-        del os.environ["MOE_LORA_BACKEND"]
-        return
-    layers = [module for module in model.modules() if isinstance(module, moe_lora.MoELoRALinear)]
-    for layer in layers:
-        layer.forward = partial(form, layer)  # type: ignore[method-assign, assignment]
+def backend(name: str) -> Iterator[None]:
+    os.environ["MOE_LORA_BACKEND"] = name if name in moe_lora.backends() else "auto"
     yield
-    for layer in layers:
-        del layer.forward
+    del os.environ["MOE_LORA_BACKEND"]
 
 
 class Bench:
@@ -122,8 +126,9 @@ class Bench:
         config = load_config("mini-2d", ["data.root=mini-lamm:smoke"])
         self.ours = Octavius.from_config(config.model)
         names = options.providers
-        theirs = {name: Peft(self.ours, name == "peft-usual") for name in names if name.startswith("peft")}
-        self.models = {name: theirs.get(name, self.ours) for name in names}
+        make = {"einsum": partial(other, self.ours, Einsum), "frozen": partial(other, self.ours, Frozen)}
+        make |= {name: partial(Peft, self.ours, name == "peft-usual") for name in ("peft", "peft-usual")}
+        self.models = {name: make[name]() if name in make else self.ours for name in names}
         records, (store, _) = load_data(self.ours, config, "train.json")
         assert store is not None
         end, P = self.ours.conversation.eos, store.tower.tokens
@@ -137,14 +142,16 @@ class Bench:
         self.prompts.pop("labels")
         self.prompts["features"] = self.prompts["features"].float()
         if options.compile:
-            compile_layers(self.ours)
+            for name, model in self.models.items():
+                if name != "peft-usual":
+                    compile_layers(model.causal if isinstance(model, Peft) else model.llm)
         trained = {id(model): [p for p in model.parameters() if p.requires_grad] for model in self.models.values()}
         self.optimizers = {key: torch.optim.AdamW(parameters, 1e-4) for key, parameters in trained.items()}
 
     def train(self, name: str, batch: list) -> float:
         """Tokens per second of one step."""
         model, collate = self.models[name].train(), self.computed if name == "peft-usual" else self.kept
-        with computed_by(model, name):
+        with backend(name):
             start = self.clock()
             inputs = collate(batch)
             inputs["features"] = inputs["features"].float()
@@ -157,7 +164,7 @@ class Bench:
     def generate(self, name: str) -> float:
         """New tokens per second, the prompts' first pass included."""
         model, new = self.models[name].eval(), self.options.new
-        with computed_by(model, name):
+        with backend(name):
             start = self.clock()
             model.generate(**self.prompts, min_new_tokens=new, max_new_tokens=new)
             return new * self.options.batch / (self.clock() - start)
@@ -169,7 +176,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--new", type=int, default=24, help="tokens that each prompt is answered with")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="ours with train.compile, as `make mini` trains")
+    parser.add_argument("--compile", action="store_true", help="all but peft-usual, as `make mini` trains")
     parser.add_argument("--plain-malloc", action="store_true", help="without `keep_freed_memory`, as others train")
     parser.add_argument("--providers", nargs="*", default=list(PROVIDERS), choices=PROVIDERS)
     options = parser.parse_args()
@@ -198,7 +205,7 @@ def main() -> None:
 def table(options: argparse.Namespace, trained: dict[str, list[float]], written: dict[str, list[float]]) -> Table:
     out = Table(
         title=f"tokens/s, batch {options.batch}, {options.threads} threads, bfloat16, {options.steps} steps and "
-        f"{options.steps // 2} generations of {options.new} tokens each{', ours compiled' if options.compile else ''}"
+        f"{options.steps // 2} generations of {options.new} tokens each{', compiled' if options.compile else ''}"
     )
     columns = ("", "training", "p20", "p80", "of frozen", "generation", "p20", "p80", "of frozen")
     for column in columns:

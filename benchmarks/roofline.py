@@ -8,7 +8,7 @@ Operations and the bytes that programs ask for (`requested`, which caches answer
 emulator counts when it runs the compiled kernels: `tests/test_roofline.py` holds both to within 2 %. `roofline_cpu.py`
 is the same for the CPU engine, with measured ceilings.
 
-Usage: python benchmarks/roofline.py [--launch MICROSECONDS] [--csv FILE] [--plot FILE.png]
+Usage: python benchmarks/roofline.py [--launch MICROSECONDS] [--dropout] [--csv FILE] [--plot FILE.png]
        python benchmarks/roofline.py --launches    what each launch of the first shape adds on an H100
 """
 
@@ -102,14 +102,21 @@ class Launch(NamedTuple):
     moved: int
 
 
-def launches(shape: Shape, device: _Device, backward: bool) -> list[Launch]:
+def launches(shape: Shape, device: _Device, backward: bool, dropout: bool = False) -> list[Launch]:
     """What the forward launches, or the backward with all gradients."""
     call, members = _call(shape, device), shape.members
     D, F, rank_space = shape.D, shape.F, call.T * shape.K * shape.R * shape.dtype.itemsize
+    sizes = ((call.T, D), (call.T, F), (F, D))
+    x, dy, weight = (torch.empty(size, dtype=shape.dtype, device="meta") for size in sizes)
     if not backward:
+        if members == 1 and call.fuses(x, weight) and call.masks(dropout):
+            return [_fused(shape, call, D, F)]
         return [*_shrink(shape, call, D, members), *[_expand(shape, call, D, F)] * members]
     gates = Launch("gate_grad_kernel", 0, {"ds_ptr": rank_space, "h_ptr": rank_space}, 2 * rank_space)
-    dx = [*_shrink(shape, call, F) * members, *[gates] * members, _expand(shape, call, F, D, members)]
+    if members == 1 and call.fuses(dy, weight) and not dropout:
+        dx = [_fused(shape, call, F, D), gates]
+    else:
+        dx = [*_shrink(shape, call, F) * members, *[gates] * members, _expand(shape, call, F, D, members)]
     return [*_grad(shape, call, F) * members, *dx, *_grad(shape, call, D, members)]
 
 
@@ -190,6 +197,25 @@ def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Laun
     return Launch("expand_kernel", 2 * rows * tile.BLOCK_T * columns * tile.BLOCK_F * work, requested, moved)
 
 
+def _fused(shape: Shape, call: _Call, D: int, F: int) -> Launch:
+    """The expand, and the shrink in its first columns of tiles, without another read of x."""
+    tile, expand, m = call.expand_tile(F, D), _expand(shape, call, D, F), shape.master.itemsize
+    rows, rank_space = call.tiles(tile.BLOCK_T), call.T * shape.K * shape.R * shape.dtype.itemsize
+    columns = call.parts(F) * call.part(F)
+    asked, firsts = expand.requested, (i * shape.L + t for i in range(shape.N) for t in range(0, shape.L, tile.BLOCK_T))
+    loaded = sum(min(tile.BLOCK_T, call.T - first) for first in firsts)  # whole tiles, with rows of the next instance
+    requested = {
+        "x_desc": asked["x_ptr"] * loaded // call.T,
+        "weight_desc": asked["weight_ptr"],
+        "y_ptr": asked["y_ptr"],
+    }
+    requested |= {"lora_ptr": asked["lora_ptr"], "h_ptr": asked["h_ptr"] + rank_space}
+    requested |= {"shrink_ptr": rows * shape.K * shape.R * D * m}
+    moved = expand.moved + _experts(shape) * D * shape.R * m
+    flops = expand.flops + 2 * rows * tile.BLOCK_T * columns * _up(D, tile.BLOCK_D)
+    return Launch("fused_kernel", flops, requested, moved)
+
+
 def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
     grid, T, b, m = call.grad_grid(D, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     if call.instance:
@@ -245,7 +271,7 @@ def microseconds(flops: float, moved: float, reached: Ceilings) -> float:
     return max(flops / reached.operations, moved / reached.bandwidth) * 1e6
 
 
-def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, Any]:
+def predict(shape: Shape, gpu: Gpu, launch: float = 0.0, dropout: bool = False) -> dict[str, Any]:
     """Microseconds of the frozen linears and of ours, forward and forward + backward, and ratios.
 
     The base's backward is dx alone; of several members, which autograd adds up one after the other: `both_ratio`.
@@ -257,12 +283,12 @@ def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, Any]:
     forward, backward = (
         sum(
             microseconds(each.flops, each.moved, gpu.reached) + launch
-            for each in launches(shape, gpu.device, direction)
+            for each in launches(shape, gpu.device, direction, dropout)
         )
         for direction in (False, True)
     )
     kernel = "triton"
-    if T <= 64 and members == 1 and gpu.device.backend == "cuda":
+    if T <= 64 and members == 1 and gpu.device.backend == "cuda" and not dropout:
         one = decode(shape, 2 * gpu.device.processors)
         duration = microseconds(one.flops, one.moved, gpu.reached) + launch
         forward, kernel = min((forward, kernel), (duration, "cuda"))
@@ -280,6 +306,7 @@ def predict(shape: Shape, gpu: Gpu, launch: float = 0.0) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--launch", type=float, default=0.0, help="microseconds that each launch adds")
+    parser.add_argument("--dropout", action="store_true", help="which takes more launches; its masks are free here")
     parser.add_argument("--csv")
     parser.add_argument("--plot")
     parser.add_argument("--launches", action="store_true")
@@ -287,7 +314,7 @@ def main() -> None:
     if arguments.launches:
         return print_launches(SHAPES[0], GPUS["H100"])
     table = [
-        {"gpu": name, "shape": str(shape), **predict(shape, gpu, arguments.launch)}
+        {"gpu": name, "shape": str(shape), **predict(shape, gpu, arguments.launch, arguments.dropout)}
         for name, gpu in GPUS.items()
         for shape in SHAPES
     ]
@@ -309,13 +336,13 @@ def main() -> None:
 
 
 def print_launches(shape: Shape, gpu: Gpu) -> None:
-    """Times by operations and by bytes; the longer counts, of the two expands only what the base would not take."""
+    """Times by operations and by bytes; the longer counts, of the expands only what the base would not take."""
     T, F = shape.N * shape.L, shape.F
     base = predict(shape, gpu)["base"]
     print(f"{shape}, base {base:.1f} us each way: us by operations, us by bytes, added to forward + backward")
     for each in (*launches(shape, gpu.device, False), *launches(shape, gpu.device, True)):
         by = microseconds(each.flops, 0, gpu.reached), microseconds(0, each.moved, gpu.reached)
-        added = (max(by) - base * (each.kernel == "expand_kernel")) / (2 * base)
+        added = (max(by) - base * (each.kernel in ("expand_kernel", "fused_kernel"))) / (2 * base)
         print(f"{each.kernel:<20} {by[0]:>7.1f} {by[1]:>7.1f} {added:>7.1%}")
     # shrink of dy and dB in one pass: blocks of r rows and c columns, at least one a processor, leave partial sums
     pieces = gpu.device.processors

@@ -241,9 +241,7 @@ class BucketSampler(torch.utils.data.Sampler[int]):
         first: samples that the first pass begins with.
     """
 
-    def __init__(
-        self, lengths: list[int], batch_size: int, seed: int = 0, window: int = 20, first: Sequence[int] = ()
-    ):
+    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0, window: int = 20, first: Sequence[int] = ()):
         self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
         self.first, self.epoch = frozenset(first), 0
 

@@ -113,7 +113,7 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     if not last:
         start(model, records, stores, config.train.align)
     if config.train.compile:
-        compile_layers(model)
+        compile_layers(model.llm)
     trainer = OctaviusTrainer(
         model=model,
         args=training_arguments(config),
@@ -157,9 +157,9 @@ def start(model: Octavius, records: list[Record], stores: Stores, aligned: bool)
         align_scenes(model.scene, records, stores.scenes, *words)
 
 
-def compile_layers(model: Octavius) -> None:
+def compile_layers(llm: Any) -> None:
     """Have torch.compile fuse each decoder layer, for batches of any length."""
-    for layer in model.llm.base_model.layers:
+    for layer in llm.base_model.layers:
         layer.compile(dynamic=True)
 
 

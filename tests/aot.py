@@ -61,6 +61,7 @@ class Case(NamedTuple):
 
 CASES = (
     Case(8, 1024, 4096, 4096, torch.bfloat16, 0.1),
+    Case(8, 1024, 4096, 4096, torch.bfloat16),
     Case(16, 110, 576, 1536, torch.float16, 0.0, packed=True),
     Case(8, 1, 4096, 4096, torch.bfloat16),
     Case(8, 64, 576, 576, torch.float32, 0.1),

@@ -14,7 +14,7 @@ from tests import traffic
 @pytest.mark.parametrize("variant", traffic.VARIANTS[:5], ids=str)
 def test_model_counts_what_the_kernels_do(variant, target):
     shape, (found, device) = variant.shape, traffic.profiles(variant, f"sm_{target}")
-    wanted = [*launches(shape, device, False), *launches(shape, device, True)]
+    wanted = [launch for back in (False, True) for launch in launches(shape, device, back, variant.dropout > 0)]
     assert [profile.kernel for profile in found] == [launch.kernel for launch in wanted]
     for profile, launch in zip(found, wanted, strict=True):
         operations = sum(count for name, count in profile.flops.items() if "mma" in name)
@@ -49,6 +49,6 @@ def test_predictions_are_sane(gpu):
     assert predict(SHAPES[1], GPUS[gpu])["both_ratio"] < predict(SHAPES[2], GPUS[gpu])["both_ratio"]
 
 
-def test_group_of_three_costs_little_more_than_frozen_ones():
+def test_linears_cost_little_more_than_frozen_ones():
     found = predict(Shape(8, 1024, 4096, 4096, members=3), GPUS["H100"])
-    assert found["both_ratio"] <= 1.07 < found["product_ratio"] < predict(SHAPES[0], GPUS["H100"])["both_ratio"]
+    assert found["both_ratio"] <= 1.07 < predict(SHAPES[0], GPUS["H100"])["both_ratio"] <= 1.10

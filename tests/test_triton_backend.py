@@ -1,6 +1,7 @@
 """The Triton backend: compiled for NVIDIA GPUs and executed by the PTX emulator; and under Triton's interpreter."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,7 +21,8 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from moe_lora import triton_kernels  # noqa: E402
-from ptx.driver import Emulator  # noqa: E402
+from ptx import Fault  # noqa: E402
+from ptx.driver import Emulator, Utils  # noqa: E402
 
 CASES = (
     Case((5, 5, 5), 13, 9, 4, 2, 3),
@@ -38,6 +40,13 @@ GROUPS = (
     (Case((30, 0, 70), 34, 70, 9, 2, 20, packed=True), (9,)),
     (Case((1,) * 9, 64, 40, 6, 2, 16), (8, 64)),
 )
+FUSED = (  # shrink and expand in one launch
+    Case((100, 100), 72, 136, 4, 2, 16),
+    Case((150, 0, 1, 90), 40, 264, 9, 2, 20, packed=True),
+    Case((100, 70), 64, 1032, 4, 3, 8, packed=True, experts=((3, 0, 1), (1, 3, 0))),
+    Case((130,), 48, 8, 4, 1, 32),
+    Case((80, 80), 72, 520, 4, 2, 32, dropout=0.2),
+)
 FORMS = ("instance", "masked")
 
 
@@ -48,6 +57,13 @@ def form(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def processors(monkeypatch):
+    """Five, which is no multiple of the parts of a row of tiles."""
+    limits = Utils.get_device_properties
+    monkeypatch.setattr(Utils, "get_device_properties", lambda *a: limits(*a) | {"multiprocessor_count": 5})
+
+
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiled_matches_oracle(case, form, nan_empty):
@@ -55,6 +71,39 @@ def test_compiled_matches_oracle(case, form, nan_empty):
     dtype, target = (torch.bfloat16, torch.float16)[number // 2 % 2], (80, 90, 100)[(number + FORMS.index(form)) % 3]
     with Emulator(target):
         assert_right(case, make(case, dtype), "triton")
+
+
+@pytest.mark.parametrize("form", ["instance"], indirect=True)
+@pytest.mark.parametrize("target", [90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_one_launch_matches_oracle(case, target, form, processors, nan_empty):
+    dtype = (torch.bfloat16, torch.float16)[FUSED.index(case) % 2]
+    with Emulator(target) as emulator:
+        assert_right(case, make(case, dtype), "triton")
+    forward, *backward = [profile.kernel for profile in emulator.profiles]
+    assert (forward == "fused_kernel") == (not case.dropout or target == 100)
+    assert ("fused_kernel" in backward) == (not case.dropout)
+
+
+def test_schedules_of_warps_give_one_launch_the_same_bits(processors):
+    case, found = FUSED[0], []
+    inputs = make(case, torch.bfloat16)
+    for seed in (None, 1, 2):
+        with Emulator(90, seed=seed) as emulator:
+            found.append(outputs(case, inputs))
+    assert emulator.profiles[0].kernel == "fused_kernel"
+    for first, *others in zip(*found, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_one_launch_whose_programs_do_not_wait_is_found(processors):
+    waits = re.compile(r"ld\.global\.gpu\.acquire\.b32 (%r\d+), .*;")
+    inputs = make(FUSED[0], torch.bfloat16)
+    for seed in (1, 2):
+        emulator = Emulator(90, seed=seed, rewrite=lambda text: waits.sub(r"mov.b32 \1, 99;", text))
+        with emulator, pytest.raises(Fault, match="h_ptr") as caught:
+            outputs(FUSED[0], inputs)
+        assert caught.value.kind == "blocks"
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
@@ -190,13 +239,15 @@ def test_unused_expert_has_zero_gradient():
         assert (grad[[1, 3]] == 0).all() and (grad[[0, 2]] != 0).any()
 
 
-@pytest.mark.parametrize("form", FORMS, indirect=True)
-def test_nan_stays_in_its_instance(form):
-    case = Case((40, 40), 13, 9, 4, 2, 3, experts=((0, 1), (1, 2)))
+@pytest.mark.parametrize(
+    "form, target, D, F", [("instance", 80, 13, 9), ("masked", 80, 13, 9), ("instance", 90, 16, 24)], indirect=["form"]
+)
+def test_nan_stays_in_its_instance(form, target, D, F):
+    case = Case((40, 40), D, F, 4, 2, 3, experts=((0, 1), (1, 2)))
     inputs = make(case, torch.float16)
     with torch.no_grad():
         inputs.x[0, 3, 2], inputs.x[0, 4, 2] = float("nan"), float("inf")
-    with Emulator(80):
+    with Emulator(target):
         y, dx, _, _, dgates = outputs(case, inputs)
     assert y[0, 3].isnan().all() and y[1].isfinite().all() and y[0, 5:].isfinite().all()
     assert dx[1].isfinite().all() and dgates[1].isfinite().all()

@@ -64,7 +64,7 @@ def _group(parent: nn.Module, slot: RouteSlot) -> None:
         if causal and all(isinstance(layer, MoELoRALinear) for layer in layers) and len(set(layers)) == len(layers):
             hooks = _Together(slot, names)
             parent.register_forward_pre_hook(hooks.before)
-            # one that is always called would have torch.compile guard its number, and compile each layer of a model anew
+            # one that is always called would have torch.compile guard its number and compile each layer anew
             parent.register_forward_hook(hooks.after)
 
 

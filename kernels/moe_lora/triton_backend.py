@@ -27,6 +27,7 @@ from moe_lora.routing import Plan
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_RANK = 256
 _MAX_GROUP = 3
+_FUSED_COLUMNS = 128  # of the rank space; 230 take an H100 as long as another read of x, by its data sheet
 
 
 def unavailable() -> str | None:
@@ -57,9 +58,11 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
 
 def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
     """The form that would run, and why."""
-    call = _Call(x.reshape(-1, x.shape[-1]), lora_a, plan)
+    rows = _rows(x)
+    call = _Call(rows, lora_a, plan)
     tile = call.expand_tile(*weight.shape)
-    return call.form, f"{call.why}; tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
+    launches = "one launch" if call.fuses(rows, weight) and call.masks(plan.dropout) else "shrink, then expand"
+    return call.form, f"{call.why}; {launches}; tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
 
 
 def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
@@ -106,6 +109,9 @@ def forward_group(
     call = _Call(rows, lora_as[0], plan)
     ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     with _on(x.device):
+        if len(weights) == 1 and call.fuses(rows, weights[0]) and call.masks(plan.dropout):
+            hs = [call.fused(rows, weights[0].t(), biases[0], lora_as[0], lora_bs[0], ys[0], dropout=True)]
+            return ys, hs
         hs = call.shrink(rows, lora_as, dropout=True)
         for weight, bias, b, h, y in zip(weights, biases, lora_bs, hs, ys, strict=True):
             call.expand([rows], [weight.t()], bias, [b], [h], y, dropout=False)
@@ -135,15 +141,21 @@ def backward_group(
             if need_dbs[m]:
                 (dbs[m],) = call.expert_grads([hs[m]], drows[m], [lora_bs[m]], transposed=False)
         if need_dx or need_dgates or any(need_das):
-            pairs = zip(drows, lora_bs, strict=True)
-            dss = [call.shrink(dy, [lora_b.transpose(1, 2)], dropout=False)[0] for dy, lora_b in pairs]
+            ups, downs = ([lora.transpose(1, 2) for lora in loras] for loras in (lora_bs, lora_as))
+            if need_dx:
+                dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            fuses = need_dx and members == 1 and not plan.dropout and call.fuses(drows[0], weights[0])
+            if fuses:
+                assert dx is not None
+                dss = [call.fused(drows[0], weights[0], None, ups[0], downs[0], dx, dropout=False)]
+            else:
+                dss = [call.shrink(dy, [up], dropout=False)[0] for dy, up in zip(drows, ups, strict=True)]
             if need_dgates:
                 dgates, *others = [call.gate_grad(ds, h) for ds, h in zip(dss, hs, strict=True)]
                 for other in others:
                     dgates += other
-            if need_dx:
-                dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-                call.expand(drows, weights, None, [a.transpose(1, 2) for a in lora_as], dss, dx, dropout=True)
+            if dx is not None and not fuses:
+                call.expand(drows, weights, None, downs, dss, dx, dropout=True)
             if any(need_das):
                 found = call.expert_grads(dss, rows, lora_as, transposed=True)
                 das = [da if need else None for da, need in zip(found, need_das, strict=True)]
@@ -369,6 +381,60 @@ class _Call:
             **(self._registers() if len(xs) > 1 and tile.BLOCK_F < 256 else {}),
         )  # fmt: skip
 
+    def fuses(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether `fused` can run, and pays: it saves a read of x for work of the tensor cores.
+
+        Tensor maps need rows that start at multiples of 16 bytes. More columns than these would take longer than x.
+        """
+        aligned = all(
+            tensor.stride(1) == 1 and not (tensor.stride(0) * tensor.itemsize | tensor.data_ptr()) % 16
+            for tensor in (x, weight)
+        )
+        half = self.dtype != torch.float32 and self.instance
+        return half and self._hopper() and self._block_t() == 128 and self.K * self.rank <= _FUSED_COLUMNS and aligned
+
+    def masks(self, dropout: float) -> bool:
+        """Whether `fused` can drop elements of x: only Blackwell has the registers. dx would need a second sum."""
+        return not dropout or self._blackwell()
+
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, shrink: Tensor, lora: Tensor, y: Tensor, dropout: bool
+    ) -> Tensor:
+        """Writes y [T, F] of x [T, D], weight [D, F] and lora [E, R, F]; returns h of x and shrink [E, D, R]."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        h = x.new_empty(self.T, self.K * self.R)
+        (D, F), tile = weight.shape, self.expand_tile(y.shape[-1], x.shape[1])
+        tiles = self.tiles(tile.BLOCK_T)
+        rows, transposed = (weight.t(), True) if weight.stride(0) == 1 else (weight, False)
+        box = [tile.BLOCK_F, tile.BLOCK_D] if transposed else [tile.BLOCK_D, tile.BLOCK_F]
+        ready = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+        _kernels().fused_kernel[(self.fused_programs(F),)](
+            TensorDescriptor.from_tensor(x, [tile.BLOCK_T, tile.BLOCK_D]), TensorDescriptor.from_tensor(rows, box),
+            bias if bias is not None else x, shrink, lora, h, y, ready,
+            self.experts, self.gates, self.offsets, *self._seed(dropout), self.scale,
+            self.T, self.N, self.L, self.N.bit_length(), D, F, self.E, tiles, _cdiv(self.K * self.rank, self.step),
+            shrink.stride(0), shrink.stride(2), shrink.stride(1), *lora.stride(),
+            C=self.part(F), PARTS=self.parts(F), STEP=self.step, BIAS=bias is not None,
+            TRANSPOSED=transposed, EVEN_D=D % tile.BLOCK_D == 0, PRECISION=self._precision(),
+            **self._sizes(), **self._dropout(dropout, D), BAND=8, **vars(tile), launch_cooperative_grid=True,
+        )  # fmt: skip
+        return h
+
+    def parts(self, F: int) -> int:
+        """Tiles of each row of tiles that `fused` shrinks in, of at least 16 columns of the rank space."""
+        most = min(_cdiv(F, self.expand_tile(F, self.D).BLOCK_F), self.device.processors)
+        return min(_power_of_2(self.K) * self.rank // 16, 1 << most.bit_length() - 1)
+
+    def part(self, F: int) -> int:
+        """Columns of the rank space in each of `parts`."""
+        return _power_of_2(self.K) * self.rank // self.parts(F)
+
+    def fused_programs(self, F: int) -> int:
+        """One on each processor, all at once."""
+        tile = self.expand_tile(F, self.D)
+        return min(self.device.processors, self.tiles(tile.BLOCK_T) * _cdiv(F, tile.BLOCK_F))
+
     def expert_grads(self, hs: Sequence[Tensor], x: Tensor, loras: Sequence[Tensor], transposed: bool) -> list[Tensor]:
         """dB like lora [E, R, D] of h and dy; transposed, dA like lora [E, D, R] of ds and x, of each member."""
         D = x.shape[1]
@@ -424,6 +490,10 @@ class _Call:
         """Shared memory and registers for the bytes in flight that this bandwidth needs."""
         return self.device.backend == "cuda" and self.device.capability >= 90
 
+    def _blackwell(self) -> bool:
+        """Sums in tensor memory, not in registers."""
+        return self._hopper() and self.device.capability >= 100
+
     def _ampere(self) -> bool:
         """Tensor cores that each warp feeds by itself."""
         return self.device.backend == "cuda" and not self._hopper() and self.dtype != torch.float32
@@ -442,7 +512,7 @@ class _Call:
         """Where ptxas would keep to fewer and spill: Blackwell, and a group's gradients on Ampere."""
         if self.dtype == torch.float32:
             return {}
-        if self._hopper() and self.device.capability >= 100:
+        if self._blackwell():
             return {"maxnreg": 160}
         return {"maxnreg": 255} if members > 1 and self._ampere() else {}
 

@@ -1,4 +1,4 @@
-"""The Triton kernels: shrink, base + expand, gradients of gates and experts; every sum in a fixed order, no atomics.
+"""The Triton kernels: shrink, base + expand, both in one, gradients of gates and experts; every sum in a fixed order.
 
 Rows of x meet their experts in one of two forms:
 
@@ -6,7 +6,8 @@ Rows of x meet their experts in one of two forms:
   its expert experts[i, k]: an adapter of rank K·R with the gates folded in.
 * otherwise a tile may hold rows of many instances. Column c is (e, r): all experts, zero where a row does not use e.
 
-RANK is R rounded up to a power of two of at least 16, C columns (a multiple of RANK) are worked on at a time.
+RANK is R rounded up to a power of two of at least 16, C columns are worked on at a time: a multiple of RANK, but for
+the parts of `fused_kernel`.
 h, ds [T, K·R] hold the shrunk x and dy, without gates and scale. 1 / (1 - p) of dropout is part of `scale`.
 """
 
@@ -131,6 +132,85 @@ def expand_kernel(
 
 
 @triton.jit(do_not_specialize=_BATCH)
+def fused_kernel(
+    x_desc, weight_desc, bias_ptr, shrink_ptr, lora_ptr, h_ptr, y_ptr, ready_ptr, experts_ptr, gates_ptr, offsets_ptr,
+    seed, threshold, scale, T, N, L, steps, D, F, E, tiles, groups,
+    stride_se, stride_sr, stride_sd, stride_le, stride_lr, stride_lf,
+    K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    PACKED: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN_D: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """h as `shrink_kernel` and y as `expand_kernel` make them, in one launch that reads x once; INSTANCE form alone.
+
+    Programs that are all on the device at once (a cooperative launch of at least PARTS) walk over the tiles of y. Of
+    each row of tiles the first PARTS come before all others; beside its product each of them shrinks the x that it has
+    in shared memory for C columns of the rank space, and counts itself in ready[tile of rows]. Who expands waits for
+    PARTS there: for parts that have begun, since every program takes its tiles in this order.
+    x_desc [T, D], weight_desc [F, D] if TRANSPOSED, else [D, F]; columns of x beyond D read as 0.
+    """
+    columns = tl.cdiv(F, BLOCK_F)
+    for number in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
+        pid_t, pid_f = number // PARTS, number % PARTS
+        if number >= tiles * PARTS:
+            pid_t, pid_f = _banded(number - tiles * PARTS, tiles, columns - PARTS, BAND)
+            pid_f += PARTS
+        first, end, i = _tile(pid_t, offsets_ptr, N, L, steps, PACKED, BLOCK_T)
+        if first < end:
+            rows = first + tl.arange(0, BLOCK_T)
+            mask_t = rows < end
+            first_f = pid_f * BLOCK_F
+            acc = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
+            if pid_f < PARTS:
+                slot, e, r, mask_c = _columns(pid_f, experts_ptr, i, E, K, R, RANK, C, True)
+                part_ptrs = shrink_ptr + e.to(tl.int64) * stride_se + r * stride_sr
+                acc_h = tl.zeros((BLOCK_T, C), tl.float32)
+                for start in range(0, D, BLOCK_D):
+                    x = x_desc.load([first, start])
+                    acc = tl.dot(x, _box(weight_desc, start, first_f, TRANSPOSED), acc, input_precision=PRECISION)
+                    offs_d = start + tl.arange(0, BLOCK_D)
+                    lora_ptrs = part_ptrs[None, :] + offs_d.to(tl.int64)[:, None] * stride_sd
+                    mask = mask_c[None, :] if EVEN_D else (offs_d < D)[:, None] & mask_c[None, :]
+                    lora = tl.load(lora_ptrs, mask=mask, other=0.0)
+                    if DROPOUT:
+                        x = tl.where(_kept(seed, threshold, rows, start, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
+                    acc_h = tl.dot(x, lora.to(x.dtype), acc_h, input_precision=PRECISION)
+                at = rows.to(tl.int64)[:, None] * (K * R)
+                _store_ranks(h_ptr, acc_h, at, experts_ptr, i, mask_t, slot, e, r, mask_c, K, R, True)
+                tl.debug_barrier()  # all of the part before the one thread that says so
+                tl.atomic_add(ready_ptr + pid_t, 1, sem="release")
+            else:
+                for start in range(0, D, BLOCK_D):
+                    x = x_desc.load([first, start])
+                    acc = tl.dot(x, _box(weight_desc, start, first_f, TRANSPOSED), acc, input_precision=PRECISION)
+            while tl.atomic_add(ready_ptr + pid_t, 0, sem="acquire") < PARTS:
+                pass
+            offs_f = first_f + tl.arange(0, BLOCK_F)
+            mask_f = offs_f < F
+            for group in tl.range(0, groups, num_stages=1):
+                slot, e, r, mask_c = _columns(group, experts_ptr, i, E, K, R, RANK, STEP, True)
+                s = _folded(h_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, True)
+                lora_ptrs = lora_ptr + e.to(tl.int64)[:, None] * stride_le + r[:, None] * stride_lr
+                lora_ptrs += offs_f.to(tl.int64)[None, :] * stride_lf
+                lora = tl.load(lora_ptrs, mask=mask_c[:, None] & mask_f[None, :], other=0.0)
+                dtype = y_ptr.dtype.element_ty
+                acc = tl.dot(s.to(dtype), lora.to(dtype), acc, input_precision=PRECISION)
+            if BIAS:
+                acc += tl.load(bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
+            y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * F + offs_f[None, :]
+            tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_f[None, :])
+
+
+@triton.jit
+def _box(desc, d, f, TRANSPOSED: tl.constexpr):
+    """A tile of the weight, [BLOCK_D, BLOCK_F]."""
+    if TRANSPOSED:
+        return desc.load([f, d]).T
+    else:
+        return desc.load([d, f])
+
+
+@triton.jit(do_not_specialize=_BATCH)
 def expert_grad_kernel(
     h_ptr, h1_ptr, h2_ptr, x_ptr, out_ptr, out1_ptr, out2_ptr, experts_ptr, gates_ptr, offsets_ptr,
     seed, threshold, scale, T, N, L, steps, D, E, splits, stride_xt, stride_oe, stride_or, stride_od,
@@ -237,21 +317,9 @@ def _of(member: tl.constexpr, first, second, third):
 
 @triton.jit
 def _rows(pid, offsets_ptr, T, N, L, steps, INSTANCE: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Rows of a tile, which of them exist, and their instance: one number if INSTANCE, else one a row.
-
-    Packed instances own the tiles from offsets[i] // BLOCK_T + i on: enough for each whatever its length, known without
-    a table, at most one without rows for each instance. (vLLM's unified attention finds its sequences so.)
-    """
+    """Rows of a tile, which of them exist, and their instance: one number if INSTANCE, else one a row."""
     if INSTANCE:
-        if PACKED:
-            i = _last(offsets_ptr, pid, N, steps, BLOCK_T)
-            begin, end = _span(i, offsets_ptr, L, PACKED)
-            first = begin + (pid - begin // BLOCK_T - i) * BLOCK_T
-        else:
-            per_instance = tl.cdiv(L, BLOCK_T)
-            i = pid // per_instance
-            begin, end = _span(i, offsets_ptr, L, PACKED)
-            first = begin + pid % per_instance * BLOCK_T
+        first, end, i = _tile(pid, offsets_ptr, N, L, steps, PACKED, BLOCK_T)
         rows = first + tl.arange(0, BLOCK_T)
         mask_t = rows < end
     else:
@@ -259,6 +327,25 @@ def _rows(pid, offsets_ptr, T, N, L, steps, INSTANCE: tl.constexpr, PACKED: tl.c
         mask_t = rows < T
         i = _instance_of(rows, offsets_ptr, N, L, steps, PACKED)
     return rows, mask_t, i
+
+
+@triton.jit
+def _tile(pid, offsets_ptr, N, L, steps, PACKED: tl.constexpr, BLOCK_T: tl.constexpr):
+    """First row of a tile of one instance, the row after the instance's last, and the instance.
+
+    Packed instances own the tiles from offsets[i] // BLOCK_T + i on: enough for each whatever its length, known without
+    a table, at most one without rows for each instance. (vLLM's unified attention finds its sequences so.)
+    """
+    if PACKED:
+        i = _last(offsets_ptr, pid, N, steps, BLOCK_T)
+        begin, end = _span(i, offsets_ptr, L, PACKED)
+        first = begin + (pid - begin // BLOCK_T - i) * BLOCK_T
+    else:
+        per_instance = tl.cdiv(L, BLOCK_T)
+        i = pid // per_instance
+        begin, end = _span(i, offsets_ptr, L, PACKED)
+        first = begin + pid % per_instance * BLOCK_T
+    return first, end, i
 
 
 @triton.jit
@@ -302,8 +389,8 @@ def _columns(
     slot, r = c // RANK, c % RANK
     if INSTANCE:
         mask_c = (slot < K) & (r < R)
-        # of one value over RANK columns: without that hint the compiler would load A and B element by element
-        e = tl.max_constancy(tl.load(experts_ptr + i * K + slot, mask=slot < K, other=0), [RANK])
+        # of one value over each expert's columns: without that hint the compiler would load A and B element by element
+        e = tl.max_constancy(tl.load(experts_ptr + i * K + slot, mask=slot < K, other=0), [min(C, RANK)])
     else:
         mask_c = (slot < E) & (r < R)
         e = slot

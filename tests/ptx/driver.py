@@ -81,7 +81,8 @@ class Launcher:
             if self.metadata.global_scratch_size:
                 values.append(Buffer("scratch", np.zeros(x * y * z * self.metadata.global_scratch_size, np.uint8)))
             launch = ((x, y, z), (program.threads,), values, self.metadata.shared)
-            emulator.profiles.append(run(program, steps, emulator.settings, *launch))
+            together = self.metadata.launch_cooperative_grid
+            emulator.profiles.append(run(program, steps, emulator.settings, *launch, together))
 
 
 class Utils:

@@ -77,10 +77,13 @@ class Launch:
         grid, block: sizes in x, y, z.
         args: of the kernel, in order: `Buffer` or a number.
         shared: bytes of dynamic shared memory.
+        together: a cooperative launch, whose blocks may wait for each other.
     """
 
-    def __init__(self, program: Program, settings: Settings, grid, block, args, shared: int = 0):
-        self.program, self.races, self.seed = program, settings.races, settings.seed
+    def __init__(
+        self, program: Program, settings: Settings, grid, block, args, shared: int = 0, together: bool = False
+    ):
+        self.program, self.together, self.races, self.seed = program, together, settings.races, settings.seed
         self.grid, self.block_shape = triple(grid), triple(block)
         self.threads = int(np.prod(self.block_shape))
         if program.threads is not None and self.threads != program.threads:
@@ -92,6 +95,7 @@ class Launch:
         module = [Buffer(n, np.frombuffer(v.data.ljust(v.size, b"\0"), np.uint8)) for n, v in variables.items()]
         if any("%envreg1" in ins.operands for ins in program.code):  # the barrier of a cooperative launch
             module.append(Buffer("workspace", np.zeros(64, np.uint8)))
+            self.together = True
         buffers = [a.buffer if isinstance(a, TensorMap) else a for a in args if isinstance(a, Buffer | TensorMap)]
         self.memory = GlobalMemory(buffers + module)
         names = frozenset(b.name for b in buffers + module)
@@ -122,8 +126,7 @@ class Launch:
         if self.seed is not None:
             rng.shuffle(order)
         padded = -(-self.threads // 32) * 32
-        # blocks of a cooperative launch wait for each other
-        at_once = len(order) if "workspace" in self.addresses else max(LANES // padded, 1)
+        at_once = len(order) if self.together else max(LANES // padded, 1)
         with np.errstate(all="ignore"):
             for i in range(0, len(order), at_once):
                 Batch(self, np.array(order[i : i + at_once]), rng).run()
