@@ -324,6 +324,16 @@ def test_refusals_say_why():
     assert "x must be on a cpu device, got meta" in reason(x=x.to("meta"))
 
 
+@pytest.mark.parametrize(
+    "target, D, wanted", [(90, 64, "one launch"), (90, 63, "two launches"), (80, 64, "two launches")]
+)
+def test_explain_says_how_many_launches(target, D, wanted):
+    routing = moe_lora.Routing(torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
+    x, weight, lora_a = torch.zeros(2, 80, D).half(), torch.zeros(40, D).half(), torch.zeros(2, D, 4)
+    with Emulator(target):
+        assert wanted in moe_lora.explain(x, weight, lora_a, routing, backend="triton").why
+
+
 def test_groups_that_do_not_fit_run_one_by_one():
     case, widths = GROUPS[0]
 

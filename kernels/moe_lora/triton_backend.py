@@ -61,8 +61,8 @@ def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, 
     rows = _rows(x)
     call = _Call(rows, lora_a, plan)
     tile = call.expand_tile(*weight.shape)
-    launches = "one launch" if call.fuses(rows, weight) and call.masks(plan.dropout) else "shrink, then expand"
-    return call.form, f"{call.why}; {launches}; tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
+    launches = "one launch" if call.fuses(rows, weight) and call.masks(plan.dropout) else "two launches"
+    return call.form, f"{call.why}; a linear by itself takes {launches}; tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
 
 
 def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
