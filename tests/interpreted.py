@@ -6,7 +6,7 @@ Not in bfloat16: the interpreter multiplies its raw bits as integers.
 import pytest
 import torch
 import triton
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moe_lora import triton_backend
 from moe_lora.check import Case, make
@@ -33,6 +33,26 @@ def test_interpreted_groups_match_oracle(number, form, monkeypatch, nan_empty):
     monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: (form, "asked for"))
     case, widths = CASES[number], ((8, 30), (17,))[number % 2]
     groups.assert_group_right(case, groups.make(case, widths, torch.float16), "triton")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_interpreted_one_launch_matches_oracle_on_random_shapes(data, dropout, monkeypatch):
+    """One program that walks over all tiles: the interpreter runs programs one after the other."""
+    E, packed = data.draw(st.integers(1, 7)), data.draw(st.booleans())
+    K, N = data.draw(st.integers(1, min(E, 3))), data.draw(st.integers(1, 3))
+    lengths = data.draw(st.lists(st.integers(0, 300), min_size=N, max_size=N)) if packed else [70 + 50 * N] * N
+    D, F, R = 8 * data.draw(st.integers(1, 12)), 8 * data.draw(st.integers(1, 40)), data.draw(st.integers(1, 32))
+    experts = data.draw(st.lists(st.tuples(*[st.integers(0, E - 1)] * K), min_size=N, max_size=N))
+    case, fused = Case((*lengths, 65), D, F, E, K, R, dropout, True, experts=(*experts, experts[0])), []
+    device, run = triton_backend._Device(None, "cuda", 100, 1 << 30, 1), triton_backend._Call.fused
+    monkeypatch.setattr(triton_backend, "_device", lambda _: device)
+    monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: ("instance", "asked for"))
+    monkeypatch.setattr(triton_backend._Call, "fused", lambda *call, **more: fused.append(1) or run(*call, **more))
+    assert_right(case, make(case, torch.float16), "triton")
+    monkeypatch.undo()
+    assert len(fused) == (1 if dropout else 2)
 
 
 @settings(max_examples=40, deadline=None)
