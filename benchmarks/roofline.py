@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from moe_lora import cuda
 from moe_lora.routing import Plan
-from moe_lora.triton_backend import _Call, _Device, _Grid
+from moe_lora.triton_backend import _Call, _Device, _FusedGrid, _Grid, _Tile
 
 
 class Ceilings(NamedTuple):
@@ -109,12 +109,12 @@ def launches(shape: Shape, device: _Device, backward: bool, dropout: bool = Fals
     sizes = ((call.T, D), (call.T, F), (F, D))
     x, dy, weight = (torch.empty(size, dtype=shape.dtype, device="meta") for size in sizes)
     if not backward:
-        if members == 1 and call.fuses(x, weight) and call.masks(dropout):
-            return [_fused(shape, call, D, F)]
+        if members == 1 and (grid := call.fused_grid(x, weight, F, float(dropout))):
+            return [_fused(shape, call, D, F, grid)]
         return [*_shrink(shape, call, D, members), *[_expand(shape, call, D, F)] * members]
     gates = Launch("gate_grad_kernel", 0, {"ds_ptr": rank_space, "h_ptr": rank_space}, 2 * rank_space)
-    if members == 1 and call.fuses(dy, weight) and not dropout:
-        dx = [_fused(shape, call, F, D), gates]
+    if members == 1 and not dropout and (grid := call.fused_grid(dy, weight, D, 0.0)):
+        dx = [_fused(shape, call, F, D, grid), gates]
     else:
         dx = [*_shrink(shape, call, F) * members, *[gates] * members, _expand(shape, call, F, D, members)]
     return [*_grad(shape, call, F) * members, *dx, *_grad(shape, call, D, members)]
@@ -180,8 +180,9 @@ def _twice(call: _Call, rows: int, columns: int, members: int) -> int:
     return 2 if rows == 64 and call._ampere() and call.wide(columns, members) else 1
 
 
-def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Launch:
-    tile, T, b, m = call.expand_tile(F, D * members, members), call.T, shape.dtype.itemsize, shape.master.itemsize
+def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1, fused: _Tile | None = None) -> Launch:
+    tile, T = fused or call.expand_tile(F, D * members, members), call.T
+    b, m = shape.dtype.itemsize, shape.master.itemsize
     slots = shape.K if call.instance else shape.E
     rows, columns = call.tiles(tile.BLOCK_T), -(-F // tile.BLOCK_F)
     work = members * (_up(D, tile.BLOCK_D) + _up(slots * call.rank, call.step))
@@ -197,11 +198,11 @@ def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1) -> Laun
     return Launch("expand_kernel", 2 * rows * tile.BLOCK_T * columns * tile.BLOCK_F * work, requested, moved)
 
 
-def _fused(shape: Shape, call: _Call, D: int, F: int) -> Launch:
+def _fused(shape: Shape, call: _Call, D: int, F: int, grid: _FusedGrid) -> Launch:
     """The expand, and the shrink in its first columns of tiles, without another read of x."""
-    tile, expand, m = call.expand_tile(F, D), _expand(shape, call, D, F), shape.master.itemsize
+    tile, expand, m = grid.tile, _expand(shape, call, D, F, fused=grid.tile), shape.master.itemsize
     rows, rank_space = call.tiles(tile.BLOCK_T), call.T * shape.K * shape.R * shape.dtype.itemsize
-    columns = call.parts(F) * call.part(F)
+    columns = grid.parts * grid.C
     asked, firsts = expand.requested, (i * shape.L + t for i in range(shape.N) for t in range(0, shape.L, tile.BLOCK_T))
     loaded = sum(min(tile.BLOCK_T, call.T - first) for first in firsts)  # whole tiles, with rows of the next instance
     requested = {

@@ -52,16 +52,20 @@ class Case(NamedTuple):
     dropout: float = 0.0
     packed: bool = False
     others: tuple[int, ...] = ()  # their F
+    rank: int = 32
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.") + ("-packed" if self.packed else "")
         widths = "+".join(map(str, (self.F, *self.others)))
-        return f"{self.instances}x{self.rows}-{self.D}-{widths}-{kind}-p{self.dropout}"
+        rank = f"-R{self.rank}" if self.rank != 32 else ""
+        return f"{self.instances}x{self.rows}-{self.D}-{widths}-{kind}-p{self.dropout}{rank}"
 
 
 CASES = (
     Case(8, 1024, 4096, 4096, torch.bfloat16, 0.1),
     Case(8, 1024, 4096, 4096, torch.bfloat16),
+    Case(8, 2048, 576, 512, torch.bfloat16, rank=64),
+    Case(2, 512, 1024, 128, torch.float16, rank=64),
     Case(16, 110, 576, 1536, torch.float16, 0.0, packed=True),
     Case(8, 1, 4096, 4096, torch.bfloat16),
     Case(8, 64, 576, 576, torch.float32, 0.1),
@@ -137,11 +141,11 @@ def recorded(target: str) -> Iterator[list]:
 
 def rows(target: str, case: Case) -> list[Row]:
     """The kernels of a case's forward and backward, in the order of their launches."""
-    N, L, D, F, dtype, dropout, packed, others = case
+    N, L, D, F, dtype, dropout, packed, others, R = case
     x = torch.empty(N * L, D, dtype=dtype).requires_grad_()
     widths = (F, *others)
-    lora_as = [torch.empty(4, D, 32).requires_grad_() for _ in widths]
-    lora_bs = [torch.empty(4, 32, width).requires_grad_() for width in widths]
+    lora_as = [torch.empty(4, D, R).requires_grad_() for _ in widths]
+    lora_bs = [torch.empty(4, R, width).requires_grad_() for width in widths]
     weights = [torch.empty(width, D, dtype=dtype) for width in widths]
     offsets = torch.arange(N + 1, dtype=torch.int32) * L if packed else None
     routing = moe_lora.Routing(torch.zeros(N, 2, dtype=torch.int32), torch.ones(N, 2).requires_grad_(), offsets)

@@ -12,7 +12,7 @@ The kernels are in `triton_kernels.py`; here are their shapes. triton is importe
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -61,8 +61,9 @@ def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, 
     rows = _rows(x)
     call = _Call(rows, lora_a, plan)
     tile = call.expand_tile(*weight.shape)
-    launches = "one launch" if call.fuses(rows, weight) and call.masks(plan.dropout) else "two launches"
-    return call.form, f"{call.why}; a linear by itself takes {launches}; tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
+    launches = "one launch" if call.fused_grid(rows, weight, weight.shape[0], plan.dropout) else "two launches"
+    tiles = f"tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
+    return call.form, f"{call.why}; a linear by itself takes {launches}; {tiles}"
 
 
 def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
@@ -109,8 +110,9 @@ def forward_group(
     call = _Call(rows, lora_as[0], plan)
     ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     with _on(x.device):
-        if len(weights) == 1 and call.fuses(rows, weights[0]) and call.masks(plan.dropout):
-            hs = [call.fused(rows, weights[0].t(), biases[0], lora_as[0], lora_bs[0], ys[0], dropout=True)]
+        grid = call.fused_grid(rows, weights[0], weights[0].shape[0], plan.dropout) if len(weights) == 1 else None
+        if grid:
+            hs = [call.fused(rows, weights[0].t(), biases[0], lora_as[0], lora_bs[0], ys[0], grid, dropout=True)]
             return ys, hs
         hs = call.shrink(rows, lora_as, dropout=True)
         for weight, bias, b, h, y in zip(weights, biases, lora_bs, hs, ys, strict=True):
@@ -144,17 +146,19 @@ def backward_group(
             ups, downs = ([lora.transpose(1, 2) for lora in loras] for loras in (lora_bs, lora_as))
             if need_dx:
                 dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            fuses = need_dx and members == 1 and not plan.dropout and call.fuses(drows[0], weights[0])
-            if fuses:
+            # dropout would need a second sum, of what it is for
+            alone = need_dx and members == 1 and not plan.dropout
+            grid = call.fused_grid(drows[0], weights[0], weights[0].shape[1], 0.0) if alone else None
+            if grid:
                 assert dx is not None
-                dss = [call.fused(drows[0], weights[0], None, ups[0], downs[0], dx, dropout=False)]
+                dss = [call.fused(drows[0], weights[0], None, ups[0], downs[0], dx, grid, dropout=False)]
             else:
                 dss = [call.shrink(dy, [up], dropout=False)[0] for dy, up in zip(drows, ups, strict=True)]
             if need_dgates:
                 dgates, *others = [call.gate_grad(ds, h) for ds, h in zip(dss, hs, strict=True)]
                 for other in others:
                     dgates += other
-            if dx is not None and not fuses:
+            if dx is not None and not grid:
                 call.expand(drows, weights, None, downs, dss, dx, dropout=True)
             if any(need_das):
                 found = call.expert_grads(dss, rows, lora_as, transposed=True)
@@ -180,6 +184,15 @@ class _Tile:
     BLOCK_D: int
     num_warps: int
     num_stages: int
+
+
+class _FusedGrid(NamedTuple):
+    """Of `fused`: its tile, and how many tiles of each row of tiles shrink, each for C columns of the rank space."""
+
+    tile: _Tile
+    C: int
+    parts: int
+    programs: int
 
 
 class _Grid(NamedTuple):
@@ -254,6 +267,12 @@ def _three(values: Sequence[Any]) -> list[Any]:
     return [*values, None, None][:3]
 
 
+def _part(columns: int, tiles: int, processors: int) -> int:
+    """Columns of each part of a rank space, the fewest whose parts are no more than the tiles, and begin together."""
+    sizes = (size for size in (16, 32, 64) if (parts := _cdiv(columns, size)) <= tiles and processors % parts == 0)
+    return next(sizes, _power_of_2(columns))
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -276,12 +295,13 @@ class _Call:
         self.rank = max(16, _power_of_2(self.R))
         # columns of rank space that a program works on at a time
         self.columns = max(self.rank, min(self._half_or(128, 64), _power_of_2(self.E) * self.rank))
-        self.step = max(self.rank, 32)  # of the expand: more at a time would spill beside the accumulators
         self.scale = plan.scale * keep_scale(plan.dropout)
         self.experts, self.gates = plan.experts.contiguous(), plan.gates.contiguous()
         self.offsets = plan.offsets.contiguous() if plan.offsets is not None else self.experts
         self.form, self.why = self._form(lora_a.shape[1])
         self.instance = self.form == "instance"
+        # of the expand, whole experts where rows have their own; more at a time would spill beside the accumulators
+        self.step = 32 if self.instance else max(self.rank, 32)
 
     def _form(self, D: int) -> tuple[str, str]:
         """Whether whole tiles for each instance, or all experts for each tile, wastes less tensor-core work."""
@@ -381,59 +401,64 @@ class _Call:
             **(self._registers() if len(xs) > 1 and tile.BLOCK_F < 256 else {}),
         )  # fmt: skip
 
-    def fuses(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether `fused` can run, and pays: it saves a read of x for work of the tensor cores.
+    def fused_grid(self, x: Tensor, weight: Tensor, F: int, dropout: float) -> _FusedGrid | None:
+        """How one launch can make F columns of y, and h, of x and weight (either way round); None if two should.
 
-        Tensor maps need rows that start at multiples of 16 bytes. More columns than these would take longer than x.
+        It needs rows that start at multiples of 16 bytes, for tensor maps, and saves a read of x for work of the tensor
+        cores: with more columns than these that would take longer. Of x's dropout only Blackwell has the registers.
         """
-        aligned = all(
-            tensor.stride(1) == 1 and not (tensor.stride(0) * tensor.itemsize | tensor.data_ptr()) % 16
-            for tensor in (x, weight)
-        )
-        half = self.dtype != torch.float32 and self.instance
-        return half and self._hopper() and self._block_t() == 128 and self.K * self.rank <= _FUSED_COLUMNS and aligned
-
-    def masks(self, dropout: float) -> bool:
-        """Whether `fused` can drop elements of x: only Blackwell has the registers. dx would need a second sum."""
-        return not dropout or self._blackwell()
+        half = self.dtype != torch.float32 and self.instance and self._block_t() == 128
+        masked = dropout and not self._blackwell()
+        columns = self.K * self.rank
+        if not half or masked or not self._hopper() or self.device.capability >= 120 or columns > _FUSED_COLUMNS:
+            return None
+        for tensor in (x, weight):
+            if tensor.stride(1) != 1 or tensor.stride(0) < tensor.shape[1]:
+                return None
+            if tensor.stride(0) * tensor.itemsize % 16 or tensor.data_ptr() % 16:
+                return None
+        tile, P = self.expand_tile(F, x.shape[1]), self.device.processors
+        if (C := _part(columns, _cdiv(F, tile.BLOCK_F), P)) > 32 and tile.BLOCK_F > 128:  # no registers for both
+            tile = replace(tile, BLOCK_F=128)
+            C = _part(columns, _cdiv(F, tile.BLOCK_F), P)
+        stage = (tile.BLOCK_T + tile.BLOCK_F) * tile.BLOCK_D * self.dtype.itemsize
+        part = tile.BLOCK_D * C * (3 * 4 + 2)  # of A in float32, as it is loaded, and in half precision
+        stages = min(tile.num_stages, (self.device.shared - part - 1024) // stage)
+        if stages < 3:
+            return None
+        tile, tiles = replace(tile, num_stages=stages), self.tiles(tile.BLOCK_T) * _cdiv(F, tile.BLOCK_F)
+        return _FusedGrid(tile, C, _cdiv(columns, C), min(P, tiles))
 
     def fused(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, shrink: Tensor, lora: Tensor, y: Tensor, dropout: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shrink: Tensor,
+        lora: Tensor,
+        y: Tensor,
+        grid: _FusedGrid,
+        dropout: bool,
     ) -> Tensor:
         """Writes y [T, F] of x [T, D], weight [D, F] and lora [E, R, F]; returns h of x and shrink [E, D, R]."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         h = x.new_empty(self.T, self.K * self.R)
-        (D, F), tile = weight.shape, self.expand_tile(y.shape[-1], x.shape[1])
-        tiles = self.tiles(tile.BLOCK_T)
+        (D, F), tile, tiles = weight.shape, grid.tile, self.tiles(grid.tile.BLOCK_T)
         rows, transposed = (weight.t(), True) if weight.stride(0) == 1 else (weight, False)
         box = [tile.BLOCK_F, tile.BLOCK_D] if transposed else [tile.BLOCK_D, tile.BLOCK_F]
         ready = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-        _kernels().fused_kernel[(self.fused_programs(F),)](
+        _kernels().fused_kernel[(grid.programs,)](
             TensorDescriptor.from_tensor(x, [tile.BLOCK_T, tile.BLOCK_D]), TensorDescriptor.from_tensor(rows, box),
             bias if bias is not None else x, shrink, lora, h, y, ready,
             self.experts, self.gates, self.offsets, *self._seed(dropout), self.scale,
             self.T, self.N, self.L, self.N.bit_length(), D, F, self.E, tiles, _cdiv(self.K * self.rank, self.step),
             shrink.stride(0), shrink.stride(2), shrink.stride(1), *lora.stride(),
-            C=self.part(F), PARTS=self.parts(F), STEP=self.step, BIAS=bias is not None,
+            C=grid.C, PARTS=grid.parts, STEP=self.step, BIAS=bias is not None,
             TRANSPOSED=transposed, EVEN_D=D % tile.BLOCK_D == 0, PRECISION=self._precision(),
             **self._sizes(), **self._dropout(dropout, D), BAND=8, **vars(tile), launch_cooperative_grid=True,
         )  # fmt: skip
         return h
-
-    def parts(self, F: int) -> int:
-        """Tiles of each row of tiles that `fused` shrinks in, of at least 16 columns of the rank space."""
-        most = min(_cdiv(F, self.expand_tile(F, self.D).BLOCK_F), self.device.processors)
-        return min(_power_of_2(self.K) * self.rank // 16, 1 << most.bit_length() - 1)
-
-    def part(self, F: int) -> int:
-        """Columns of the rank space in each of `parts`."""
-        return _power_of_2(self.K) * self.rank // self.parts(F)
-
-    def fused_programs(self, F: int) -> int:
-        """One on each processor, all at once."""
-        tile = self.expand_tile(F, self.D)
-        return min(self.device.processors, self.tiles(tile.BLOCK_T) * _cdiv(F, tile.BLOCK_F))
 
     def expert_grads(self, hs: Sequence[Tensor], x: Tensor, loras: Sequence[Tensor], transposed: bool) -> list[Tensor]:
         """dB like lora [E, R, D] of h and dy; transposed, dA like lora [E, D, R] of ds and x, of each member."""
@@ -491,8 +516,8 @@ class _Call:
         return self.device.backend == "cuda" and self.device.capability >= 90
 
     def _blackwell(self) -> bool:
-        """Sums in tensor memory, not in registers."""
-        return self._hopper() and self.device.capability >= 100
+        """Sums in tensor memory, not in registers; 12.0, of the same name, has none."""
+        return self._hopper() and 100 <= self.device.capability < 120
 
     def _ampere(self) -> bool:
         """Tensor cores that each warp feeds by itself."""

@@ -6,8 +6,8 @@ Rows of x meet their experts in one of two forms:
   its expert experts[i, k]: an adapter of rank K·R with the gates folded in.
 * otherwise a tile may hold rows of many instances. Column c is (e, r): all experts, zero where a row does not use e.
 
-RANK is R rounded up to a power of two of at least 16, C columns are worked on at a time: a multiple of RANK, but for
-the parts of `fused_kernel`.
+RANK is R rounded up to a power of two of at least 16, C columns are worked on at a time, a multiple of RANK
+where rows of many instances meet.
 h, ds [T, K·R] hold the shrunk x and dy, without gates and scale. 1 / (1 - p) of dropout is part of `scale`.
 """
 
