@@ -151,7 +151,8 @@ def fused_kernel(
     """
     columns = tl.cdiv(F, BLOCK_F)
     for number in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
-        pid_t, pid_f = number // PARTS, number % PARTS
+        pid_t = number // PARTS
+        pid_f = number - pid_t * PARTS
         if number >= tiles * PARTS:
             pid_t, pid_f = _banded(number - tiles * PARTS, tiles, columns - PARTS, BAND)
             pid_f += PARTS
