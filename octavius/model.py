@@ -68,6 +68,7 @@ class Octavius(nn.Module):
     """
 
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch
+    balanced = True  # whether the load-balancing loss counts
 
     share: torch.Tensor
 
@@ -239,7 +240,7 @@ class Octavius(nn.Module):
         loss = nn.functional.cross_entropy(logits, labels[rows, columns + 1], reduction="sum")
         items = max(rows.numel() if num_items_in_batch is None else num_items_in_batch, 1)
         loss = loss / items
-        if self.settings.gate.load_balancing:  # of several batches in a step each counts by its share of the items
+        if self.settings.gate.load_balancing and self.balanced:  # of several batches in a step each counts by its share of the items
             loss = loss + self.settings.gate.load_balancing * self._balance(routed) * (rows.numel() / items)
         return {"loss": loss, "gates": routed.weights(len(input_ids))}
 

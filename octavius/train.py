@@ -204,7 +204,7 @@ class OctaviusTrainer(Trainer):
     """Trainer that saves and loads what trains, not the frozen LLM, and counts the tokens that it trains on.
 
     With `aligned` the projectors have parameter groups of their own, at ALIGNED_RATE of the learning rate; `first` are
-    the samples that training begins with.
+    the samples that training begins with, of one task, which balancing would spread over all experts: it comes after.
     """
 
     tokens = 0
@@ -226,6 +226,8 @@ class OctaviusTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tokens += int(inputs["attention_mask"].sum())
+        seen = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.model.balanced = seen >= len(self.first)  # type: ignore[union-attr, assignment]
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset=None):
