@@ -255,8 +255,12 @@ class BucketSampler(torch.utils.data.Sampler[int]):
         rng = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self)))
         rng.shuffle(order)
-        if not self.epoch:
-            order.sort(key=lambda row: row not in self.first)
+        first = [row for row in order if row in self.first] if not self.epoch else []
+        rest = [row for row in order if row not in self.first] if first else order
+        for part in (first, rest):
+            yield from self._batches(part, rng)
+
+    def _batches(self, order: list[int], rng: random.Random) -> Iterator[int]:
         for start in range(0, len(order), self.batch_size * self.window):
             rows = sorted(order[start : start + self.batch_size * self.window], key=lambda row: self.lengths[row])
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

@@ -240,8 +240,9 @@ class Octavius(nn.Module):
         loss = nn.functional.cross_entropy(logits, labels[rows, columns + 1], reduction="sum")
         items = max(rows.numel() if num_items_in_batch is None else num_items_in_batch, 1)
         loss = loss / items
-        if self.settings.gate.load_balancing and self.balanced:  # of several batches in a step each counts by its share of the items
-            loss = loss + self.settings.gate.load_balancing * self._balance(routed) * (rows.numel() / items)
+        weight = self.settings.gate.load_balancing if self.balanced else 0.0
+        if weight:  # of several batches in a step each counts by its share of the items
+            loss = loss + weight * self._balance(routed) * (rows.numel() / items)
         return {"loss": loss, "gates": routed.weights(len(input_ids))}
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Training: a small set is learnt by heart, an interrupted run goes on as if nothing had happened."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -180,6 +181,28 @@ def test_accumulated_batches_equal_the_bigger_one(parts, tmp_path, load_balancin
         )
         found.append(losses(train(config)[1]))
     assert found[1] == pytest.approx(found[0], rel=2e-3) and found[2] == pytest.approx(found[0], rel=2e-3)
+
+
+def test_detection_comes_first_and_is_balanced_only_after(parts, tmp_path, monkeypatch):
+    data = tiny.data_config(parts, detection_first=2, loop_detection=8)
+    model = tiny.model_config(parts, gate=tiny.gate(load_balancing=0.5))
+    steps, forward, balance = [], Octavius.forward, Octavius._balance
+
+    @functools.wraps(forward)
+    def watched(self, *arguments, labels, **more):
+        answers = [self.conversation.decode(row[row != IGNORE].tolist()) for row in labels]
+        steps.append([all("[" in text for text in answers), False])
+        return forward(self, *arguments, labels=labels, **more)
+
+    def balanced(self, routed):
+        steps[-1][1] = True
+        return balance(self, routed)
+
+    monkeypatch.setattr(Octavius, "forward", watched)
+    monkeypatch.setattr(Octavius, "_balance", balanced)
+    train(run_config(parts, tmp_path, data=data, model=model, steps=5))
+    assert steps[:2] == [[True, False]] * 2
+    assert all(after for _, after in steps[2:]) and not all(detection for detection, _ in steps[2:])
 
 
 def test_epochs_are_counted_where_steps_are_not_given(parts, tmp_path):
