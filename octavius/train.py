@@ -226,7 +226,8 @@ class OctaviusTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tokens += int(inputs["attention_mask"].sum())
-        seen = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seen = self.state.global_step * step
         self.model.balanced = seen >= len(self.first)  # type: ignore[union-attr, assignment]
         return super().training_step(model, inputs, num_items_in_batch)
 
