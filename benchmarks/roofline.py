@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from moe_lora import cuda
 from moe_lora.routing import Plan
-from moe_lora.triton_backend import _Call, _Device, _FusedGrid, _Grid, _Tile
+from moe_lora.triton_launch import Call, Device, FusedGrid, Grid, Tile
 
 
 class Ceilings(NamedTuple):
@@ -35,7 +35,7 @@ class Gpu(NamedTuple):
 
     operations: float
     bandwidth: float
-    device: _Device
+    device: Device
 
     @property
     def reached(self) -> Ceilings:
@@ -43,10 +43,10 @@ class Gpu(NamedTuple):
 
 
 GPUS = {  # data sheets of A100 SXM 80 GB, H100 SXM, B200 (one of a DGX B200), Instinct MI300X
-    "A100": Gpu(312e12, 2.039e12, _Device(None, "cuda", 80, 166912, 108)),
-    "H100": Gpu(989e12, 3.35e12, _Device(None, "cuda", 90, 232448, 132)),
-    "B200": Gpu(2250e12, 8.0e12, _Device(None, "cuda", 100, 232448, 148)),
-    "MI300X": Gpu(1307e12, 5.3e12, _Device(None, "hip", 80, 65536, 304)),
+    "A100": Gpu(312e12, 2.039e12, Device(None, "cuda", 80, 166912, 108)),
+    "H100": Gpu(989e12, 3.35e12, Device(None, "cuda", 90, 232448, 132)),
+    "B200": Gpu(2250e12, 8.0e12, Device(None, "cuda", 100, 232448, 148)),
+    "MI300X": Gpu(1307e12, 5.3e12, Device(None, "hip", 80, 65536, 304)),
 }
 TENSOR_SHARE, BANDWIDTH_SHARE = 0.7, 0.9  # of the peaks that a good kernel reaches: assumed, alike for base and ours
 
@@ -102,7 +102,7 @@ class Launch(NamedTuple):
     moved: int
 
 
-def launches(shape: Shape, device: _Device, backward: bool, dropout: bool = False) -> list[Launch]:
+def launches(shape: Shape, device: Device, backward: bool, dropout: bool = False) -> list[Launch]:
     """What the forward launches, or the backward with all gradients."""
     call, members = _call(shape, device), shape.members
     D, F, rank_space = shape.D, shape.F, call.T * shape.K * shape.R * shape.dtype.itemsize
@@ -148,13 +148,13 @@ def decode(shape: Shape, blocks: int) -> Launch:
     return Launch("decode", 2 * tiles * 32 * turns * step * 8 * -(-T // 8), requested, moved)
 
 
-def _call(shape: Shape, device: _Device) -> _Call:
+def _call(shape: Shape, device: Device) -> Call:
     plan = Plan(torch.zeros(shape.N, shape.K, dtype=torch.int32), torch.ones(shape.N, shape.K), None, 1.0, 0.0, None)
     x = torch.empty(shape.N * shape.L, shape.D, dtype=shape.dtype, device="meta")
-    return _Call(x, torch.empty(shape.E, shape.D, shape.R, device="meta"), plan, device)
+    return Call(x, torch.empty(shape.E, shape.D, shape.R, device="meta"), plan, device)
 
 
-def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
+def _shrink(shape: Shape, call: Call, D: int, members: int = 1) -> list[Launch]:
     grid, T, b, m = call.shrink_grid(D, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     columns = (shape.K if call.instance else shape.E) * shape.R  # that exist
     flops = (
@@ -175,12 +175,12 @@ def _shrink(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]
     return [first, *_sum(T * shape.K * shape.R, grid, b) * members]
 
 
-def _twice(call: _Call, rows: int, columns: int, members: int) -> int:
+def _twice(call: Call, rows: int, columns: int, members: int) -> int:
     """2 where two of a group's eight warps, of sixteen rows each, make the same products; wgmma shares them out."""
     return 2 if rows == 64 and call._ampere() and call.wide(columns, members) else 1
 
 
-def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1, fused: _Tile | None = None) -> Launch:
+def _expand(shape: Shape, call: Call, D: int, F: int, members: int = 1, fused: Tile | None = None) -> Launch:
     tile, T = fused or call.expand_tile(F, D * members, members), call.T
     b, m = shape.dtype.itemsize, shape.master.itemsize
     slots = shape.K if call.instance else shape.E
@@ -198,7 +198,7 @@ def _expand(shape: Shape, call: _Call, D: int, F: int, members: int = 1, fused: 
     return Launch("expand_kernel", 2 * rows * tile.BLOCK_T * columns * tile.BLOCK_F * work, requested, moved)
 
 
-def _fused(shape: Shape, call: _Call, D: int, F: int, grid: _FusedGrid) -> Launch:
+def _fused(shape: Shape, call: Call, D: int, F: int, grid: FusedGrid) -> Launch:
     """The expand, and the shrink in its first columns of tiles, without another read of x."""
     tile, expand, m = grid.tile, _expand(shape, call, D, F, fused=grid.tile), shape.master.itemsize
     rows, rank_space = call.tiles(tile.BLOCK_T), call.T * shape.K * shape.R * shape.dtype.itemsize
@@ -217,7 +217,7 @@ def _fused(shape: Shape, call: _Call, D: int, F: int, grid: _FusedGrid) -> Launc
     return Launch("fused_kernel", flops, requested, moved)
 
 
-def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
+def _grad(shape: Shape, call: Call, D: int, members: int = 1) -> list[Launch]:
     grid, T, b, m = call.grad_grid(D, members), call.T, shape.dtype.itemsize, shape.master.itemsize
     if call.instance:
         tiles = sum(
@@ -247,13 +247,13 @@ def _grad(shape: Shape, call: _Call, D: int, members: int = 1) -> list[Launch]:
     return [Launch("expert_grad_kernel", flops, requested, moved), *_sum(size, grid, m) * members]
 
 
-def _parts(shape: Shape, grid: _Grid) -> list[int]:
+def _parts(shape: Shape, grid: Grid) -> list[int]:
     """Rows of an instance that are left for each split and those after it."""
     part = _up(-(-shape.L // grid.splits), grid.BLOCK_T)
     return [max(shape.L - split * part, 0) for split in range(grid.splits)]
 
 
-def _sum(count: int, grid: _Grid, size: int) -> list[Launch]:
+def _sum(count: int, grid: Grid, size: int) -> list[Launch]:
     if grid.splits == 1:
         return []
     requested = {"parts_ptr": 4 * count * grid.splits, "out_ptr": count * size}

@@ -8,7 +8,7 @@ import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moe_lora import triton_backend
+from moe_lora import triton_launch
 from moe_lora.check import Case, make
 
 from tests import groups
@@ -16,21 +16,21 @@ from tests.test_linear import CASES
 from tests.tolerance import assert_right
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
-FORM = triton_backend._Call._form
+FORM = triton_launch.Call._form
 
 
 @pytest.mark.parametrize("form", ["instance", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [*CASES, Case((9, 9), 1, 1, 4, 2, 1)], ids=str)
 def test_interpreted_matches_oracle(case, dtype, form, monkeypatch, nan_empty):
-    monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: (form, "asked for"))
+    monkeypatch.setattr(triton_launch.Call, "_form", lambda *_: (form, "asked for"))
     assert_right(case, make(case, dtype), "triton")
 
 
 @pytest.mark.parametrize("form", ["instance", "masked"])
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
 def test_interpreted_groups_match_oracle(number, form, monkeypatch, nan_empty):
-    monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: (form, "asked for"))
+    monkeypatch.setattr(triton_launch.Call, "_form", lambda *_: (form, "asked for"))
     case, widths = CASES[number], ((8, 30), (17,))[number % 2]
     groups.assert_group_right(case, groups.make(case, widths, torch.float16), "triton")
 
@@ -46,10 +46,10 @@ def test_interpreted_one_launch_matches_oracle_on_random_shapes(data, dropout, m
     D, F, R = 8 * data.draw(st.integers(1, 12)), 8 * data.draw(st.integers(1, 40)), data.draw(st.integers(1, 32))
     experts = data.draw(st.lists(st.tuples(*[st.integers(0, E - 1)] * K), min_size=N, max_size=N))
     case, fused = Case((*lengths, 65), D, F, E, K, R, dropout, True, experts=(*experts, experts[0])), []
-    device, run = triton_backend._Device(None, "cuda", 100, 1 << 30, 1), triton_backend._Call.fused
-    monkeypatch.setattr(triton_backend, "_device", lambda _: device)
-    monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: ("instance", "asked for"))
-    monkeypatch.setattr(triton_backend._Call, "fused", lambda *call, **more: fused.append(1) or run(*call, **more))
+    device, run = triton_launch.Device(None, "cuda", 100, 1 << 30, 1), triton_launch.Call.fused
+    monkeypatch.setattr(triton_launch, "device_of", lambda _: device)
+    monkeypatch.setattr(triton_launch.Call, "_form", lambda *_: ("instance", "asked for"))
+    monkeypatch.setattr(triton_launch.Call, "fused", lambda *call, **more: fused.append(1) or run(*call, **more))
     assert_right(case, make(case, torch.float16), "triton")
     monkeypatch.undo()
     assert len(fused) == (1 if dropout else 2)
@@ -68,8 +68,8 @@ def test_interpreted_matches_oracle_on_random_shapes(data):
     experts = data.draw(st.lists(st.tuples(*[st.integers(0, E - 1)] * K), min_size=N, max_size=N))
     p, form = data.draw(st.sampled_from([0.0, 0.4])), data.draw(st.sampled_from(["instance", "masked"]))
     case = Case(tuple(lengths), D, F, E, K, R, p, packed, experts=tuple(experts))
-    triton_backend._Call._form = lambda *_: (form, "asked for")
+    triton_launch.Call._form = lambda *_: (form, "asked for")
     try:
         assert_right(case, make(case, torch.float32), "triton")
     finally:
-        triton_backend._Call._form = FORM
+        triton_launch.Call._form = FORM

@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOTS = {"moe_lora": ROOT / "kernels", "octavius": ROOT}
 LAYERS = (  # lowest first; modules of one layer do not import each other
-    ("moe_lora.dropout", "moe_lora.routing"),
+    ("moe_lora.dropout", "moe_lora.routing", "moe_lora.triton_dropout"),
     ("moe_lora.triton_kernels",),
+    ("moe_lora.triton_launch",),
     (
         "moe_lora.gate",
         "moe_lora.reference",
@@ -96,7 +97,9 @@ def test_engine_needs_torch_and_safetensors_alone():
         for target in imports(path)
         if target.partition(".")[0] not in {"moe_lora", "torch", "safetensors", *sys.stdlib_module_names}
     }
-    assert {name for name, _ in foreign} <= {"moe_lora.triton_kernels", "moe_lora.triton_backend"}
+    assert {name for name, _ in foreign} <= {
+        f"moe_lora.triton_{part}" for part in ("dropout", "kernels", "launch", "backend")
+    }
     assert {target.partition(".")[0] for _, target in foreign} == {"triton"}
 
 

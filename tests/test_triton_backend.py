@@ -10,7 +10,7 @@ from pathlib import Path
 import moe_lora
 import pytest
 import torch
-from moe_lora import dropout, ops, triton_backend
+from moe_lora import dropout, ops, triton_backend, triton_launch
 from moe_lora.check import Case, make
 from torch.nn import functional
 
@@ -20,7 +20,7 @@ from tests.tolerance import assert_right
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from moe_lora import triton_kernels  # noqa: E402
+from moe_lora import triton_dropout  # noqa: E402
 from ptx import Fault  # noqa: E402
 from ptx.driver import Emulator, Utils  # noqa: E402
 
@@ -54,7 +54,7 @@ FORMS = ("instance", "masked")
 @pytest.fixture
 def form(request, monkeypatch):
     """Whole tiles for each instance, or all experts for each tile, whatever the rule says."""
-    monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: (request.param, "asked for"))
+    monkeypatch.setattr(triton_launch.Call, "_form", lambda *_: (request.param, "asked for"))
     return request.param
 
 
@@ -124,11 +124,9 @@ def test_compiled_groups_match_oracle(case, widths, form, nan_empty):
 @pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 def test_compiled_matches_oracle_in_wide_tiles_and_splits(target, monkeypatch, nan_empty):
     tiles, sums = [], []
-    expand_tile, summed = triton_backend._Call.expand_tile, triton_backend._Call._summed
-    monkeypatch.setattr(
-        triton_backend._Call, "expand_tile", lambda *call: tiles.append(expand_tile(*call)) or tiles[-1]
-    )
-    monkeypatch.setattr(triton_backend._Call, "_summed", lambda *call: sums.append(1) or summed(*call))
+    expand_tile, summed = triton_launch.Call.expand_tile, triton_launch.Call._summed
+    monkeypatch.setattr(triton_launch.Call, "expand_tile", lambda *call: tiles.append(expand_tile(*call)) or tiles[-1])
+    monkeypatch.setattr(triton_launch.Call, "_summed", lambda *call: sums.append(1) or summed(*call))
     with Emulator(target):
         for case in (
             Case((128, 128), 64, 264, 4, 2, 16, dropout=0.1),
@@ -195,7 +193,7 @@ def test_schedules_of_warps_give_a_group_the_same_bits():
 @triton.jit
 def kept_kernel(out_ptr, seed, threshold, first_row, first_d, D, PAIRED: tl.constexpr, WIDE: tl.constexpr):
     rows = first_row + tl.arange(0, 4)
-    kept = triton_kernels._kept(seed, threshold, rows, first_d, D, 4, 32, PAIRED, WIDE)
+    kept = triton_dropout.kept(seed, threshold, rows, first_d, D, 4, 32, PAIRED, WIDE)
     tl.store(out_ptr + tl.arange(0, 4)[:, None] * 32 + tl.arange(0, 32)[None, :], kept.to(tl.int32))
 
 

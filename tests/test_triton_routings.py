@@ -10,7 +10,7 @@ from tests.tolerance import assert_right
 
 pytest.importorskip("triton")
 
-from moe_lora import triton_backend
+from moe_lora import triton_launch
 from ptx.driver import Emulator
 
 FORMS = (  # sizes are fixed, so that each is compiled once; tiles have 16 rows
@@ -30,8 +30,8 @@ def routings(draw, E: int, K: int) -> tuple[tuple[int, ...], tuple[tuple[int, ..
 
 @pytest.mark.parametrize("target, form, E, K, dtype", FORMS, ids=str)
 def test_compiled_matches_oracle_on_random_routings(target, form, E, K, dtype, monkeypatch):
-    monkeypatch.setattr(triton_backend._Call, "_form", lambda *_: (form, "asked for"))
-    monkeypatch.setattr(triton_backend._Call, "_block_t", lambda _: 16)
+    monkeypatch.setattr(triton_launch.Call, "_form", lambda *_: (form, "asked for"))
+    monkeypatch.setattr(triton_launch.Call, "_block_t", lambda _: 16)
 
     @settings(max_examples=5, deadline=None, derandomize=True)
     @given(routing=routings(E, K))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import moe_lora
 import torch
-from moe_lora import triton_backend
+from moe_lora import triton_launch
 from ptx.counters import Profile
 from ptx.driver import Emulator
 
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 
 @cache
-def profiles(variant: Variant, target: str) -> tuple[list[Profile], triton_backend._Device]:
+def profiles(variant: Variant, target: str) -> tuple[list[Profile], triton_launch.Device]:
     """Of each launch of a forward and backward; and the device."""
     shape, dropout, packed, _ = variant
     N, L, D, F, E, K, R, dtype, master, members = vars(shape).values()
@@ -83,7 +83,7 @@ def profiles(variant: Variant, target: str) -> tuple[list[Profile], triton_backe
     routing = moe_lora.Routing(torch.arange(N * K).view(N, K) % E, torch.rand(N, K).requires_grad_(), offsets)
     rows, settings = x if packed else x.view(N, L, D), (routing, 1.0, dropout, 5, "triton")
     with Emulator(int(target[3:]), races=False) as emulator:
-        device = triton_backend._device(x.device)
+        device = triton_launch.device_of(x.device)
         if members > 1:
             ys = moe_lora.linear_group(rows, weights, [None] * members, lora_as, lora_bs, *settings)
         else:

@@ -16,6 +16,8 @@ h, ds [T, K·R] hold the shrunk x and dy, without gates and scale. 1 / (1 - p) o
 import triton
 import triton.language as tl
 
+from moe_lora.triton_dropout import kept
+
 # Numbers that change from batch to batch: no new compilation for their divisibility.
 _BATCH = ("seed", "threshold", "T", "N", "L", "steps", "E", "tiles", "groups", "splits", "count")
 
@@ -52,7 +54,7 @@ def shrink_kernel(
         mask = mask_c[None, :] if EVEN_D else mask_d[:, None] & mask_c[None, :]
         x = tl.load(x_ptrs, mask=mask_t[:, None] if EVEN_D else mask_t[:, None] & mask_d[None, :], other=0.0)
         if DROPOUT:
-            x = tl.where(_kept(seed, threshold, rows, start, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
+            x = tl.where(kept(seed, threshold, rows, start, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
         acc = tl.dot(x, tl.load(lora_ptr + lora_at, mask=mask, other=0.0).to(x.dtype), acc, input_precision=PRECISION)
         if lora1_ptr is not None:
             lora = tl.load(lora1_ptr + lora_at, mask=mask, other=0.0)
@@ -94,19 +96,13 @@ def expand_kernel(
     dtype = x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
     for member in tl.static_range(MEMBERS):
-        for group in tl.range(0, groups, num_stages=1):
-            if INSTANCE or _any_use(experts_ptr, i, mask_t, group, K, C // RANK, BLOCK_T):
-                slot, e, r, mask_c = _columns(group, experts_ptr, i, E, K, R, RANK, C, INSTANCE)
-                h = _of(member, h_ptr, h1_ptr, h2_ptr)
-                s = _folded(h, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, INSTANCE)
-                lora_ptrs = _of(member, lora_ptr, lora1_ptr, lora2_ptr)
-                lora_ptrs += e.to(tl.int64)[:, None] * stride_le + r[:, None] * stride_lr
-                lora_ptrs += offs_f.to(tl.int64)[None, :] * stride_lf
-                lora = tl.load(lora_ptrs, mask=mask_c[:, None] & mask_f[None, :], other=0.0)
-                acc = tl.dot(s.to(dtype), lora.to(dtype), acc, input_precision=PRECISION)
+        acc = _add_ranks(
+            acc, _of(member, h_ptr, h1_ptr, h2_ptr), _of(member, lora_ptr, lora1_ptr, lora2_ptr),
+            experts_ptr, gates_ptr, scale, rows, mask_t, i, offs_f, mask_f, dtype, E, groups,
+            stride_le, stride_lr, stride_lf, K, R, RANK, C, INSTANCE, BLOCK_T, PRECISION,
+        )  # fmt: skip
     if DROPOUT:
-        kept = _kept(seed, threshold, rows, pid_f * BLOCK_F, F, BLOCK_T, BLOCK_F, PAIRED, WIDE)
-        acc = tl.where(kept, acc, 0.0)
+        acc = tl.where(kept(seed, threshold, rows, pid_f * BLOCK_F, F, BLOCK_T, BLOCK_F, PAIRED, WIDE), acc, 0.0)
     offs_d = tl.arange(0, BLOCK_D)
     for member in tl.static_range(MEMBERS):
         x_ptrs = _of(member, x_ptr, x1_ptr, x2_ptr) + offs_d[None, :]
@@ -125,10 +121,7 @@ def expand_kernel(
             acc = tl.dot(x, weight, acc, input_precision=PRECISION)
             x_ptrs += BLOCK_D
             weight_ptrs += BLOCK_D * stride_wd
-    if BIAS:
-        acc += tl.load(bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * F + offs_f[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_f[None, :])
+    _store_tile(y_ptr, acc, bias_ptr, rows, mask_t, offs_f, mask_f, F, BIAS)
 
 
 @triton.jit(do_not_specialize=_BATCH)
@@ -174,7 +167,7 @@ def fused_kernel(
                     mask = mask_c[None, :] if EVEN_D else (offs_d < D)[:, None] & mask_c[None, :]
                     lora = tl.load(lora_ptrs, mask=mask, other=0.0)
                     if DROPOUT:
-                        x = tl.where(_kept(seed, threshold, rows, start, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
+                        x = tl.where(kept(seed, threshold, rows, start, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
                     acc_h = tl.dot(x, lora.to(x.dtype), acc_h, input_precision=PRECISION)
                 at = rows.to(tl.int64)[:, None] * (K * R)
                 _store_ranks(h_ptr, acc_h, at, experts_ptr, i, mask_t, slot, e, r, mask_c, K, R, True)
@@ -188,18 +181,12 @@ def fused_kernel(
                 pass
             offs_f = first_f + tl.arange(0, BLOCK_F)
             mask_f = offs_f < F
-            for group in tl.range(0, groups, num_stages=1):
-                slot, e, r, mask_c = _columns(group, experts_ptr, i, E, K, R, RANK, STEP, True)
-                s = _folded(h_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, True)
-                lora_ptrs = lora_ptr + e.to(tl.int64)[:, None] * stride_le + r[:, None] * stride_lr
-                lora_ptrs += offs_f.to(tl.int64)[None, :] * stride_lf
-                lora = tl.load(lora_ptrs, mask=mask_c[:, None] & mask_f[None, :], other=0.0)
-                dtype = y_ptr.dtype.element_ty
-                acc = tl.dot(s.to(dtype), lora.to(dtype), acc, input_precision=PRECISION)
-            if BIAS:
-                acc += tl.load(bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
-            y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * F + offs_f[None, :]
-            tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_f[None, :])
+            acc = _add_ranks(
+                acc, h_ptr, lora_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, offs_f, mask_f,
+                y_ptr.dtype.element_ty, E, groups, stride_le, stride_lr, stride_lf, K, R, RANK, STEP, True, BLOCK_T,
+                PRECISION,
+            )  # fmt: skip
+            _store_tile(y_ptr, acc, bias_ptr, rows, mask_t, offs_f, mask_f, F, BIAS)
 
 
 @triton.jit
@@ -255,7 +242,7 @@ def expert_grad_kernel(
             x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xt + offs_d[None, :]
             x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0)
             if DROPOUT:
-                x = tl.where(_kept(seed, threshold, rows, pid_d * BLOCK_D, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
+                x = tl.where(kept(seed, threshold, rows, pid_d * BLOCK_D, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
             acc = tl.dot(tl.trans(x), s.to(x.dtype), acc, input_precision=PRECISION)
             if h1_ptr is not None:
                 s = _folded(h1_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, False)
@@ -303,6 +290,33 @@ def sum_kernel(parts_ptr, out_ptr, count, splits, BLOCK: tl.constexpr):
         acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
         parts_ptr += count
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_ranks(
+    acc, h_ptr, lora_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, offs_f, mask_f, dtype: tl.constexpr, E,
+    groups, stride_le, stride_lr, stride_lf, K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
+    INSTANCE: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + Σ_k s g_k h[t, k] lora[e_k, :, f]."""
+    for group in tl.range(0, groups, num_stages=1):
+        if INSTANCE or _any_use(experts_ptr, i, mask_t, group, K, C // RANK, BLOCK_T):
+            slot, e, r, mask_c = _columns(group, experts_ptr, i, E, K, R, RANK, C, INSTANCE)
+            s = _folded(h_ptr, experts_ptr, gates_ptr, scale, rows, mask_t, i, slot, e, r, mask_c, K, R, INSTANCE)
+            lora_ptrs = lora_ptr + e.to(tl.int64)[:, None] * stride_le + r[:, None] * stride_lr
+            lora_ptrs += offs_f.to(tl.int64)[None, :] * stride_lf
+            lora = tl.load(lora_ptrs, mask=mask_c[:, None] & mask_f[None, :], other=0.0)
+            acc = tl.dot(s.to(dtype), lora.to(dtype), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _store_tile(y_ptr, acc, bias_ptr, rows, mask_t, offs_f, mask_f, F, BIAS: tl.constexpr):
+    """Writes a tile of y, with the bias."""
+    if BIAS:
+        acc += tl.load(bias_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * F + offs_f[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_f[None, :])
 
 
 @triton.jit
@@ -453,56 +467,3 @@ def _banded(pid, tiles, columns, BAND: tl.constexpr):
     height = min(tiles - first, BAND)
     within = pid % (BAND * columns)
     return first + within % height, within // height
-
-
-@triton.jit
-def _kept(
-    seed, threshold, rows, first_d, D,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Which of rows × (first_d, first_d + 1, ...) dropout keeps, [BLOCK_T, BLOCK_D]: the function in `dropout.py`.
-
-    PAIRED (D even, so that a row starts with a pair) makes each random word once for its two elements. Without WIDE
-    all pairs have numbers below 2^32.
-    """
-    if PAIRED:
-        j = rows.to(tl.int64)[:, None] * (D // 2) + (first_d // 2 + tl.arange(0, BLOCK_D // 2))[None, :]
-        z = _word(seed, j, WIDE)
-        word = tl.reshape(tl.join(z << 16, z), (BLOCK_T, BLOCK_D))
-    else:
-        c = rows.to(tl.int64)[:, None] * D + (first_d + tl.arange(0, BLOCK_D))[None, :]
-        z = _word(seed, c >> 1, WIDE)
-        word = tl.where((c & 1) == 0, z << 16, z)
-    return word.to(tl.int32, bitcast=True) >= (threshold - 32768) << 16
-
-
-@triton.jit
-def _word(seed, j, WIDE: tl.constexpr):
-    """The random word of pair j, uint32."""
-    if seed.dtype.is_ptr():
-        seed = tl.load(seed)
-    seed = seed.to(tl.int64)
-    a, b = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    a ^= _mix(b + 0x9E3779B9)
-    b ^= _mix(a + 0x85EBCA6B)
-    a ^= _mix(b + 0xC2B2AE35)
-    if WIDE:
-        b = b ^ _mix((j >> 32).to(tl.uint32) + 0x27D4EB2F)
-    else:
-        b ^= _mix(b * 0 + 0x27D4EB2F)
-    z = j.to(tl.uint32) + a
-    z ^= z >> 16
-    z *= 0x7FEB352D
-    z ^= z >> 15
-    z += b
-    z *= 0x846CA68B
-    return z ^ (z >> 16)
-
-
-@triton.jit
-def _mix(z):
-    z ^= z >> 16
-    z *= 0x7FEB352D
-    z ^= z >> 15
-    z *= 0x846CA68B
-    return z ^ (z >> 16)
