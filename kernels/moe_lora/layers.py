@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moe_lora.group import linear_group
+from moe_lora.group import changes, linear_group
 from moe_lora.ops import linear
 from moe_lora.routing import Routing
 
@@ -148,7 +148,7 @@ class MoELoRALinear(nn.Module):
                     "the same thread, or pass routing=; if this is a recomputation in backward, checkpoint with "
                     "model.gradient_checkpointing_enable()"
                 )
-        siblings = None if torch.compiler.is_compiling() else self.slot.siblings
+        siblings = self.slot.siblings
         y = siblings.output(self, x, routing) if siblings is not None else None
         if y is not None:
             return y
@@ -168,20 +168,24 @@ class Siblings:
 
     One is made for each run of the parent's forward (see `inject.py`) and dropped after it. A layer gets what was
     computed for it if it is called with that very x, not changed since, and the same routing and modes; otherwise it
-    runs alone.
+    runs alone. All of it can be traced by torch.compile.
     """
 
     def __init__(self, layers: list[MoELoRALinear]):
         self.layers = layers
-        self.waiting: dict[MoELoRALinear, Tensor] = {}
-        self.call: tuple = ()
+        self.waiting: list[Tensor | None] | None = None  # None before the first call
+        self.x: Tensor | None = None
+        self.routing: Routing | None = None
+        self.modes: tuple = ()
 
     def output(self, layer: MoELoRALinear, x: Tensor, routing: Routing) -> Tensor | None:
         """y of the layer; None if it must run alone."""
-        if layer not in self.layers or x.is_inference():  # inference tensors do not count their changes
+        changed = changes(x)
+        if changed is None or layer not in self.layers:
             return None
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training, x._version)
-        if not self.waiting and all(_alike(layer, other) for other in self.layers):
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training, changed)
+        index = self.layers.index(layer)
+        if self.waiting is None and all(_alike(layer, other) for other in self.layers):
             ys = linear_group(
                 x,
                 [each.weight for each in self.layers],
@@ -192,10 +196,11 @@ class Siblings:
                 layer.scale,
                 layer.config.dropout if layer.training else 0.0,
             )
-            self.waiting, self.call = dict(zip(self.layers, ys, strict=True)), (x, routing, modes)
-        if layer not in self.waiting or self.call[0] is not x or self.call[1:] != (routing, modes):
+            self.waiting, self.x, self.routing, self.modes = list(ys), x, routing, modes
+        if self.waiting is None or self.x is not x or self.routing is not routing or self.modes != modes:
             return None
-        return self.waiting.pop(layer)
+        y, self.waiting[index] = self.waiting[index], None
+        return y
 
 
 def _alike(layer: MoELoRALinear, other: MoELoRALinear) -> bool:
