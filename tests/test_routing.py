@@ -122,3 +122,27 @@ def test_routing_is_a_pytree():
     leaves, spec = torch.utils._pytree.tree_flatten(made)
     again = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert len(leaves) == 3 and isinstance(again, moe_lora.Routing) and again.gates is made.gates
+
+
+def test_copy_on_another_device_is_made_once_and_passes_gradients_on():
+    made = routing(offsets=torch.tensor([0, 1, 1, 4]))
+    made.gates.requires_grad_()
+    assert made.to(torch.device("cpu")) is made
+    there = made.to(torch.device("meta"))
+    assert {there.experts.device.type, there.gates.device.type, there.offsets.device.type} == {"meta"}
+    assert made.to(torch.device("meta")) is there and there.gates.requires_grad
+    with torch.no_grad():
+        assert not made.to(torch.device("meta")).gates.requires_grad
+    assert made.to(torch.device("meta")).gates.requires_grad
+
+
+def test_layers_on_several_devices_share_a_route():
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).to("meta"), torch.nn.Linear(4, 4))
+    moe_lora.apply(layers, moe_lora.MoELoRAConfig(4, 2, 3, target_modules="all-linear"))
+    here, there, _ = layers
+    made = routing()
+    with moe_lora.route(layers, made):
+        assert here(torch.rand(3, 5, 4)).device.type == "cpu"
+        assert there(torch.rand(3, 5, 4, device="meta")).device.type == "meta"
+    with moe_lora.route(layers, routing(N=2)), pytest.raises(ValueError, match="2 instances must be x's first"):
+        there(torch.rand(3, 5, 4, device="meta"))

@@ -137,7 +137,7 @@ def route(model: nn.Module, routing: Routing) -> Iterator[None]:
 
     Args:
         model: a model with experts, or one that holds it, as DDP or torch.compile do.
-        routing: of the batch that the model is called with.
+        routing: of the batch that the model is called with; layers on other devices use a copy of it there.
     Raises:
         ValueError: the model has no experts, or parts of it were given experts by separate calls of `apply`.
         TypeError: routing is no Routing.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lora.group import changes, linear_group
-from moe_lora.ops import linear
+from moe_lora.ops import autocast_dtype, linear
 from moe_lora.routing import Routing
 
 
@@ -148,6 +148,7 @@ class MoELoRALinear(nn.Module):
                     "the same thread, or pass routing=; if this is a recomputation in backward, checkpoint with "
                     "model.gradient_checkpointing_enable()"
                 )
+        routing = routing.to(x.device)
         siblings = self.slot.siblings
         y = siblings.output(self, x, routing) if siblings is not None else None
         if y is not None:
@@ -183,7 +184,7 @@ class Siblings:
         changed = changes(x)
         if changed is None or layer not in self.layers:
             return None
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), layer.training, changed)
+        modes = (torch.is_grad_enabled(), autocast_dtype(x), layer.training, changed)
         index = self.layers.index(layer)
         if self.waiting is None and all(_alike(layer, other) for other in self.layers):
             ys = linear_group(

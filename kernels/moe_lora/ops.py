@@ -175,16 +175,18 @@ def _autograd_of_backward(ctx: Any, *grads: Tensor) -> tuple:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts x to; None where it is off or, as for float64, leaves x alone."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+    if not _autocasts(x) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def no_autocast(x: Tensor):
     """The backends choose their dtypes themselves; autocast would cast their fp32 sums once more."""
-    device_type = x.device.type
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
+
+
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # of meta, torch knows no autocast
 
 
 _LIBRARY.impl("linear", _forward, "CompositeExplicitAutograd")
