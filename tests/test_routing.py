@@ -1,5 +1,7 @@
 """`Routing`: what it accepts, what it refuses, and how often it looks at values."""
 
+import copy
+
 import moe_lora
 import pytest
 import torch
@@ -124,25 +126,42 @@ def test_routing_is_a_pytree():
     assert len(leaves) == 3 and isinstance(again, moe_lora.Routing) and again.gates is made.gates
 
 
-def test_copy_on_another_device_is_made_once_and_passes_gradients_on():
-    made = routing(offsets=torch.tensor([0, 1, 1, 4]))
-    made.gates.requires_grad_()
-    assert made.to(torch.device("cpu")) is made
-    there = made.to(torch.device("meta"))
-    assert {there.experts.device.type, there.gates.device.type, there.offsets.device.type} == {"meta"}
-    assert made.to(torch.device("meta")) is there and there.gates.requires_grad
-    with torch.no_grad():
-        assert not made.to(torch.device("meta")).gates.requires_grad
-    assert made.to(torch.device("meta")).gates.requires_grad
-
-
-def test_layers_on_several_devices_share_a_route():
+def applied():
+    """Three layers, the second on another device."""
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).to("meta"), torch.nn.Linear(4, 4))
-    moe_lora.apply(layers, moe_lora.MoELoRAConfig(4, 2, 3, target_modules="all-linear"))
+    return moe_lora.apply(layers, moe_lora.MoELoRAConfig(4, 2, 3, dropout=0, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 5, 5, 15])], ids=["runs", "packed"])
+def test_layers_on_several_devices_share_a_route(offsets):
+    layers = applied()
     here, there, _ = layers
-    made = routing()
-    with moe_lora.route(layers, made):
+    with moe_lora.route(layers, routing(offsets=offsets)):
         assert here(torch.rand(3, 5, 4)).device.type == "cpu"
         assert there(torch.rand(3, 5, 4, device="meta")).device.type == "meta"
+    assert here.slot.copied is None
     with moe_lora.route(layers, routing(N=2)), pytest.raises(ValueError, match="2 instances must be x's first"):
         there(torch.rand(3, 5, 4, device="meta"))
+    with pytest.raises(TypeError, match=r"routing must be a moe_lora\.Routing, got tuple"):
+        there(torch.rand(3, 5, 4, device="meta"), (1, 2))
+
+
+def test_copy_on_another_device_is_shared_until_something_changes():
+    slot, made, meta = applied()[0].slot, routing(), torch.device("meta")
+    made.gates.requires_grad_()
+    assert slot.on(torch.device("cpu"), made) is made
+    first = slot.on(meta, made)
+    assert slot.on(meta, made) is first and first.gates.requires_grad and first.experts.is_meta
+    with torch.no_grad():
+        assert not slot.on(meta, made).gates.requires_grad
+    again = slot.on(meta, made)
+    assert again.gates.requires_grad
+    with torch.no_grad():
+        made.gates.mul_(2)
+    assert slot.on(meta, made) is not again
+    with torch.inference_mode():
+        slot.on(meta, made)
+    assert slot.on(meta, made).gates.requires_grad
+    other = routing()
+    assert slot.on(meta, other) is not slot.on(meta, made)
+    copy.deepcopy(made)

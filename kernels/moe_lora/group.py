@@ -29,7 +29,6 @@ _LIBRARY.define(
     "Tensor experts, Tensor gates, Tensor? offsets, float scale, float dropout, Tensor? seed, str backend, "
     "bool[] needs) -> (Tensor dx, Tensor[] das, Tensor[] dbs, Tensor dgates)"
 )
-_LIBRARY.define("changes(Tensor x) -> Tensor")
 
 
 def linear_group(
@@ -73,22 +72,6 @@ def linear_group(
     lists = (list(weights), list(biases), list(lora_as), list(lora_bs))
     ys, _ = torch.ops.moe_lora.linear_group(x, *lists, *plan, backend)
     return tuple(ys)
-
-
-def changes(x: Tensor) -> int | None:
-    """How often x was changed in place; None if that is not counted, as in inference mode.
-
-    It is `x._version`, which torch.compile would not know while it traces. There it is in the size of what an operation
-    returns; nothing uses that, so that no compiled graph has it.
-    """
-    if not torch.compiler.is_compiling():
-        return None if x.is_inference() else x._version
-    size = torch.ops.moe_lora.changes(x.detach()).shape[0]
-    return size - 1 if size else None
-
-
-def _changes(x: Tensor) -> Tensor:
-    return x.new_empty(0 if x.is_inference() else 1 + x._version)
 
 
 def _forward(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed, backend):
@@ -201,8 +184,6 @@ def _autograd_of_backward(ctx: Any, *grads: Any) -> tuple:
     raise RuntimeError("moe_lora.linear_group has no second derivative; do not use create_graph=True through it")
 
 
-_LIBRARY.impl("changes", _changes, "CompositeExplicitAutograd")
-torch.library.register_fake("moe_lora::changes", _changes, lib=_LIBRARY)
 _LIBRARY.impl("linear_group", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_group_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("moe_lora::linear_group", _fake_forward, lib=_LIBRARY)

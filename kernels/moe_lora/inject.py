@@ -29,8 +29,8 @@ def apply(model: nn.Module, config: MoELoRAConfig, group: bool = True) -> nn.Mod
         config: how many experts of which rank, on which linears.
         group: compute q_proj, k_proj and v_proj of a causal attention together, and gate_proj and up_proj, by
             `linear_group`, if all of them are targets. Names, parameters and results stay as they are; the siblings
-            share a dropout mask. In inference mode, where a change of x between the calls could not be seen, each
-            layer runs alone.
+            share a dropout mask. In a compiled graph and in inference mode, where a change of x between the calls
+            could not be seen, each layer runs alone.
 
     Returns:
         The model.
@@ -75,12 +75,15 @@ class _Together:
         self.slot, self.names = slot, names
 
     def before(self, parent: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():  # a change of x in place between the calls could not be seen
+            return
         layers = [parent._modules.get(name) for name in self.names]
         mine = [layer for layer in layers if type(layer) is MoELoRALinear and layer.slot is self.slot]
         self.slot.siblings = Siblings(mine) if len(mine) > 1 else None
 
     def after(self, *_: Any) -> None:
-        self.slot.siblings = None
+        if not torch.compiler.is_compiling():
+            self.slot.siblings = None
 
 
 def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear]:
@@ -149,7 +152,7 @@ def route(model: nn.Module, routing: Routing) -> Iterator[None]:
     try:
         yield
     finally:
-        slot.routing, slot.siblings = before, None  # siblings that a failed forward left
+        slot.routing, slot.siblings, slot.copied = before, None, None  # siblings that a failed forward left
 
 
 def _prepare(model: nn.Module) -> RouteSlot:

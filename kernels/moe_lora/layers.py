@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moe_lora.group import changes, linear_group
+from moe_lora.group import linear_group
 from moe_lora.ops import autocast_dtype, linear
 from moe_lora.routing import Routing
 
@@ -81,6 +81,19 @@ class RouteSlot(threading.local):
         # in the instance, not in the class: torch.compile would guard that the instance has none yet
         self.routing: Routing | None = None
         self.siblings: Siblings | None = None  # while the forward of their parent runs
+        self.copied: tuple[tuple, Routing] | None = None  # the last routing that was wanted on another device
+
+    def on(self, device: torch.device, routing: Routing) -> Routing:
+        """The routing on a device; the layers there, of a model that lies on several, share one copy."""
+        if device == routing.experts.device:
+            return routing
+        if torch.compiler.is_compiling():  # what a compiled graph returns keeps that graph's backward
+            return routing.to(device)
+        changed = None if routing.gates.is_inference() else routing.gates._version
+        key = (device, routing, changed, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if self.copied is None or self.copied[0] != key:
+            self.copied = key, routing.to(device)
+        return self.copied[1]
 
     def __reduce__(self):
         return RouteSlot, ()
@@ -148,8 +161,9 @@ class MoELoRALinear(nn.Module):
                     "the same thread, or pass routing=; if this is a recomputation in backward, checkpoint with "
                     "model.gradient_checkpointing_enable()"
                 )
-        routing = routing.to(x.device)
-        siblings = self.slot.siblings
+        if isinstance(routing, Routing) and isinstance(x, Tensor):  # linear says what else is wrong
+            routing = self.slot.on(x.device, routing)
+        siblings = None if torch.compiler.is_compiling() else self.slot.siblings
         y = siblings.output(self, x, routing) if siblings is not None else None
         if y is not None:
             return y
@@ -169,24 +183,20 @@ class Siblings:
 
     One is made for each run of the parent's forward (see `inject.py`) and dropped after it. A layer gets what was
     computed for it if it is called with that very x, not changed since, and the same routing and modes; otherwise it
-    runs alone. All of it can be traced by torch.compile.
+    runs alone.
     """
 
     def __init__(self, layers: list[MoELoRALinear]):
         self.layers = layers
-        self.waiting: list[Tensor | None] | None = None  # None before the first call
-        self.x: Tensor | None = None
-        self.routing: Routing | None = None
-        self.modes: tuple = ()
+        self.waiting: dict[MoELoRALinear, Tensor] = {}
+        self.call: tuple = ()
 
     def output(self, layer: MoELoRALinear, x: Tensor, routing: Routing) -> Tensor | None:
         """y of the layer; None if it must run alone."""
-        changed = changes(x)
-        if changed is None or layer not in self.layers:
+        if layer not in self.layers or x.is_inference():  # inference tensors do not count their changes
             return None
-        modes = (torch.is_grad_enabled(), autocast_dtype(x), layer.training, changed)
-        index = self.layers.index(layer)
-        if self.waiting is None and all(_alike(layer, other) for other in self.layers):
+        modes = (torch.is_grad_enabled(), autocast_dtype(x), layer.training, x._version)
+        if not self.waiting and all(_alike(layer, other) for other in self.layers):
             ys = linear_group(
                 x,
                 [each.weight for each in self.layers],
@@ -197,11 +207,10 @@ class Siblings:
                 layer.scale,
                 layer.config.dropout if layer.training else 0.0,
             )
-            self.waiting, self.x, self.routing, self.modes = list(ys), x, routing, modes
-        if self.waiting is None or self.x is not x or self.routing is not routing or self.modes != modes:
+            self.waiting, self.call = dict(zip(self.layers, ys, strict=True)), (x, routing, modes)
+        if layer not in self.waiting or self.call[0] is not x or self.call[1:] != (routing, modes):
             return None
-        y, self.waiting[index] = self.waiting[index], None
-        return y
+        return self.waiting.pop(layer)
 
 
 def _alike(layer: MoELoRALinear, other: MoELoRALinear) -> bool:

@@ -33,7 +33,6 @@ class Routing:
     gates: Tensor
     offsets: Tensor | None = None
     _checked: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
-    _copies: dict[tuple[torch.device, bool], "Routing"] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         experts, gates, offsets = self.experts, self.gates, self.offsets
@@ -67,16 +66,11 @@ class Routing:
         return Routing(self.experts.repeat_interleave(factor, 0), self.gates.repeat_interleave(factor, 0))
 
     def to(self, device: torch.device) -> "Routing":
-        """This routing on a device, copied once: what the layers there share if a model lies on several."""
-        if device == self.experts.device:
-            return self
-        key = (device, torch.is_grad_enabled())  # a copy made without gradients has none to give later
-        if key not in self._copies:
-            offsets = None if self.offsets is None else self.offsets.to(device)
-            copy = Routing(self.experts.to(device), self.gates.to(device), offsets)
-            object.__setattr__(copy, "_checked", self._checked)
-            self._copies[key] = copy
-        return self._copies[key]
+        """This routing on a device; what was checked stays checked."""
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        copy = Routing(self.experts.to(device), self.gates.to(device), offsets)
+        object.__setattr__(copy, "_checked", self._checked)
+        return copy
 
     def with_gates(self, gates: Tensor) -> "Routing":
         """The same choice of experts with other weights; what was checked stays checked."""
