@@ -230,7 +230,7 @@ class Octavius(nn.Module):
             seen: what `embed` takes: features of the batch's pictures, objects of its clouds.
 
         Returns:
-            `loss`, and `gates` [N, E], the mean weight of every expert.
+            `loss`; `balancing`, the part of it that balances the experts; `gates` [N, E], their mean weights.
         """
         embeds = self.embed(input_ids, **seen)
         with self.routed(embeds, gate_mask, attention_mask) as routed:
@@ -240,10 +240,12 @@ class Octavius(nn.Module):
         loss = nn.functional.cross_entropy(logits, labels[rows, columns + 1], reduction="sum")
         items = max(rows.numel() if num_items_in_batch is None else num_items_in_batch, 1)
         loss = loss / items
+        balancing = loss.new_zeros(())
         weight = self.settings.gate.load_balancing if self.balanced else 0.0
         if weight:  # of several batches in a step each counts by its share of the items
-            loss = loss + weight * self._balance(routed) * (rows.numel() / items)
-        return {"loss": loss, "gates": routed.weights(len(input_ids))}
+            balancing = weight * self._balance(routed) * (rows.numel() / items)
+        gates = routed.weights(len(input_ids))
+        return {"loss": loss + balancing, "balancing": balancing.detach(), "gates": gates}
 
     @torch.no_grad()
     def generate(

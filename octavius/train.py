@@ -205,9 +205,12 @@ class OctaviusTrainer(Trainer):
 
     With `aligned` the projectors have parameter groups of their own, at ALIGNED_RATE of the learning rate; `first` are
     the samples that training begins with, of one task, which balancing would spread over all experts: it comes after.
+    It logs the answers' loss and the balancing apart, so that runs with different balancing can be compared.
     """
 
     tokens = 0
+    balancing: float | torch.Tensor = 0.0  # since the last log
+    logged: int | None = None  # the step of it
     aligned = False
     first: Sequence[int] = ()
 
@@ -229,7 +232,21 @@ class OctaviusTrainer(Trainer):
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seen = self.state.global_step * step
         self.model.balanced = seen >= len(self.first)  # type: ignore[union-attr, assignment]
+        self.logged = self.state.global_step if self.logged is None else self.logged
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.balancing = self.balancing + out["balancing"]
+        return (loss, out) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and isinstance(self.balancing, torch.Tensor) and self.logged is not None:
+            # each rank holds its own part, by its share of the answers' tokens
+            balancing = self.accelerator.gather(self.balancing).sum().item() / (self.state.global_step - self.logged)
+            logs = {**logs, "loss": logs["loss"] - balancing, "balancing": balancing}
+            self.balancing, self.logged = 0.0, self.state.global_step
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset=None):
         data = self.train_dataset

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,22 @@ def test_every_epoch_has_an_order_of_its_own(parts, tmp_path):
         orders.append([tuple(batch["attention_mask"].sum(1).tolist()) for batch in loader])
         assert sum(map(len, orders[-1])) == 7
     assert len(set(map(tuple, orders))) > 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_logged_loss_is_the_answers_without_balancing(parts, tmp_path, accumulation):
+    """At a vanishing rate the model stays as it is, so that only the logged balancing can differ."""
+    still = {"learning_rate": 1e-12, "log_steps": 2, "batch_size": 2, "gradient_accumulation": accumulation}
+    found = []
+    for weight in (0.0, 0.7):
+        model = tiny.model_config(parts, gate=tiny.gate(load_balancing=weight))
+        config = run_config(parts, tmp_path / str(weight), model=model, **still)
+        found.append(losses(train(config)[1]))
+        (events,) = Path(config.train.output).rglob("events.out.tfevents.*")
+        balancing = [event.value for event in EventAccumulator(str(events)).Reload().Scalars("train/balancing")]
+        assert len(balancing) == 2
+        assert all(value == 0 if weight == 0 else 0.5 < value / weight < 4.1 for value in balancing)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_resume_without_checkpoint_starts(parts, tmp_path):
