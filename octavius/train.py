@@ -236,6 +236,7 @@ class OctaviusTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out: Any
         loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.balancing = self.balancing + out["balancing"]
         return (loss, out) if return_outputs else loss
@@ -243,7 +244,8 @@ class OctaviusTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and isinstance(self.balancing, torch.Tensor) and self.logged is not None:
             # each rank holds its own part, by its share of the answers' tokens
-            balancing = self.accelerator.gather(self.balancing).sum().item() / (self.state.global_step - self.logged)
+            gathered: Any = self.accelerator.gather(self.balancing)
+            balancing = gathered.sum().item() / (self.state.global_step - self.logged)
             logs = {**logs, "loss": logs["loss"] - balancing, "balancing": balancing}
             self.balancing, self.logged = 0.0, self.state.global_step
         super().log(logs, start_time)
