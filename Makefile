@@ -27,14 +27,14 @@ assets: build
 
 build: .venv/ready
 
-.venv/ready: constraints.txt setup.py pyproject.toml $(wildcard csrc/*/*)
+.venv/ready: constraints.txt setup.py pyproject.toml tools/ptxemu/pyproject.toml $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 	  { echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel torch || \
 	  { echo "torch could not be installed: is a package index reachable, and are 5 GB free?"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[octavius,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[octavius,dev]' -e ./tools/ptxemu
 	@touch $@
 
 clean:

@@ -60,7 +60,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": ".", "moe_lora": "kernels/moe_lora"},
     packages=find_packages("kernels") + find_packages(".", include=["octavius*"]),
-    package_data={"octavius": ["configs/*.yaml", "*.jinja"]},
+    package_data={"octavius": ["configs/*.yaml", "report/*.jinja"]},
     install_requires=["torch>=2.10", "safetensors"],
     extras_require={
         "octavius": [

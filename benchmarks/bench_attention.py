@@ -14,7 +14,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from octavius.attention import grouped_attention
+from octavius.language.attention import grouped_attention
 
 HEADS, SHARED, WIDTH = 9, 3, 64  # SmolLM2-135M
 FORMS = {"grouped": grouped_attention, "eager": eager_attention_forward, "sdpa": sdpa_attention_forward}

@@ -22,7 +22,7 @@ import moe_lora
 import torch
 import torch.nn.functional as F
 from bench_linear import processor
-from moe_lora.reference import oracle
+from moe_lora.backend.reference import oracle
 from moe_lora.routing import Plan, Routing
 from torch import Tensor
 

@@ -36,8 +36,8 @@ from typing import NamedTuple
 import moe_lora
 import torch
 import torch.nn.functional as F
-from moe_lora import cpu
-from moe_lora.reference import oracle
+from moe_lora.backend import cpu
+from moe_lora.backend.reference import oracle
 from moe_lora.routing import Plan, Routing
 from torch import Tensor
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from octavius.candidates import Boxes, crop, propose
-from octavius.pointbert import PRESETS, PointBert, PointBertConfig, encode, group, normalise, prepare
-from octavius.points import PointCloud
+from octavius.points.cloud import PointCloud
+from octavius.points.pointbert import PRESETS, PointBert, PointBertConfig, encode, group, normalise, prepare
+from octavius.points.proposals import Boxes, crop, propose
 
 
 def scene(points: int, objects: int, seed: int = 0) -> tuple[PointCloud, Boxes]:

@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from octavius.data import read_records
-from octavius.encoders import FeatureStore, load_tower
-from octavius.train import data_folder
+from octavius.data.loading import data_folder
+from octavius.data.records import read_records
+from octavius.vision.features import FeatureStore
+from octavius.vision.towers import load_tower
 
 TOWERS = (("efficientnet-lite0", -1, 1), ("vit-s14", -2, 1), ("vit-s14", -2, 2), ("vit-s14", -4, 2))
 

@@ -35,13 +35,14 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from octavius.config import load_config
-from octavius.data import Collator, InstructionData
-from octavius.encoders import FeatureStore
-from octavius.llm import answer_logits, load_llm
-from octavius.model import Octavius
-from octavius.projector import Projector
-from octavius.prompts import IGNORE
-from octavius.train import compile_layers, keep_freed_memory, load_data
+from octavius.data.batches import Collator, InstructionData
+from octavius.data.loading import load_data
+from octavius.language.llm import answer_logits, load_llm
+from octavius.language.prompts import IGNORE
+from octavius.model.octavius import Octavius
+from octavius.training.train import compile_layers, keep_freed_memory
+from octavius.vision.features import FeatureStore
+from octavius.vision.projector import Projector
 
 PROVIDERS = ("cpu", "reference", "einsum", "peft", "peft-usual", "frozen")
 
@@ -129,7 +130,7 @@ class Bench:
         make = {"einsum": partial(other, self.ours, Einsum), "frozen": partial(other, self.ours, Frozen)}
         make |= {name: partial(Peft, self.ours, name == "peft-usual") for name in ("peft", "peft-usual")}
         self.models = {name: make[name]() if name in make else self.ours for name in names}
-        records, (store, _) = load_data(self.ours, config, "train.json")
+        records, (store, _) = load_data(config.data, "train.json", **self.ours.readers())
         assert store is not None
         end, P = self.ours.conversation.eos, store.tower.tokens
         data = InstructionData(records, self.ours.conversation, P, config.data.max_tokens)

@@ -17,12 +17,13 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from octavius import assets, rooms
-from octavius.candidates import boxes_within, objects_of
-from octavius.facts import colour_name
-from octavius.pointbert import PointBert, encode
-from octavius.points import PointCloud, read_cloud
-from octavius.pretrain_points import load_encoder, occupancy
+from octavius.assets import registry
+from octavius.data.scan2inst import rooms
+from octavius.data.scan2inst.relations import colour_name
+from octavius.points.cloud import PointCloud, read_cloud
+from octavius.points.pointbert import PointBert, encode, load_encoder
+from octavius.points.proposals import boxes_within, objects_of
+from octavius.training.point_encoder import occupancy
 
 REGULAR = 0.01  # C of the logistic regressions: fixed, not chosen on the test rooms
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    folder = rooms.build(assets.default_cache() / "mini-scan2inst" / args.size, args.size)
+    folder = rooms.build(registry.default_cache() / "mini-scan2inst" / args.size, args.size)
     encoder = load_encoder(args.encoder)
     sides = {side: objects(folder, side) for side in rooms.SIDES}
     read = {side: inputs(encoder, clouds, boxes) for side, (clouds, boxes, _) in sides.items()}

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from moe_lora import cuda
+from moe_lora.backend import cuda
+from moe_lora.backend.triton.launch import Call, Device, FusedGrid, Grid, Tile
 from moe_lora.routing import Plan
-from moe_lora.triton_launch import Call, Device, FusedGrid, Grid, Tile
 
 
 class Ceilings(NamedTuple):

@@ -7,19 +7,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from octavius import assets
-from octavius.candidates import read_boxes
-from octavius.chat import Scan
-from octavius.chat import chat as ask
+from octavius.assets import registry
 from octavius.config import load_config
+from octavius.data.loading import load_data
 from octavius.demo import demo as run_demo
-from octavius.evaluate import evaluate, write_answers
-from octavius.model import Octavius
-from octavius.pointbert import PRESETS as POINT_PRESETS
-from octavius.pretrain_points import PretrainConfig, default_folder, pretrain
-from octavius.report import pretrain_table, score_table
-from octavius.train import load_data
-from octavius.train import train as run_train
+from octavius.evaluation.evaluate import evaluate, write_answers
+from octavius.model.octavius import Octavius
+from octavius.points.pointbert import PRESETS as POINT_PRESETS
+from octavius.points.pointbert import default_folder
+from octavius.points.proposals import read_boxes
+from octavius.report.tables import pretrain_table, score_table
+from octavius.session import Scan
+from octavius.session import chat as ask
+from octavius.training.point_encoder import PretrainConfig, pretrain
+from octavius.training.train import train as run_train
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -33,8 +34,8 @@ Checkpoint = Annotated[Path, typer.Option("--model", help="A folder that trainin
 @app.command("assets")
 def assets_command(names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None) -> None:
     """Fetch and check the embedded weights and pictures."""
-    assets.fetch(names or None)
-    console.print(assets.status_table())
+    registry.fetch(names or None)
+    console.print(registry.status_table())
 
 
 @app.command()
@@ -76,7 +77,7 @@ def evaluate_command(
 ) -> None:
     """Score a model on the questions of `data.root`/FILE, with their own pictures and blind."""
     loaded = Octavius.from_folder(model)
-    records, stores = load_data(loaded, load_config(config, settings), file)
+    records, stores = load_data(load_config(config, settings).data, file, **loaded.readers())
     scores, answers = evaluate(loaded, records, stores)
     blind, _ = evaluate(loaded, records, stores, blind=True)
     write_answers(model / f"answers-{Path(file).stem}.jsonl", records, answers)
@@ -112,7 +113,7 @@ def main() -> None:
     """Run the command; a user's mistake ends in one line, not in a traceback."""
     try:
         app()
-    except (ValueError, OSError, assets.DamagedError) as error:  # OSError: files, and transformers' unknown models
+    except (ValueError, OSError, registry.DamagedError) as error:  # OSError: files, and transformers' unknown models
         text = escape(" ".join(str(error).split()))
         Console(stderr=True).print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

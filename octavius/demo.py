@@ -15,14 +15,16 @@ import torch
 import yaml
 
 from octavius.config import Config
-from octavius.data import Record
-from octavius.evaluate import Answers, evaluate, routing_map, write_answers
-from octavius.metrics import parse_boxes
-from octavius.model import Octavius
-from octavius.objects import ObjectStore
-from octavius.report import plots, write_report
-from octavius.scene_picture import save_picture
-from octavius.train import DONE, load_data, train
+from octavius.data.loading import load_data
+from octavius.data.records import Record
+from octavius.evaluation.evaluate import Answers, evaluate, routing_map, write_answers
+from octavius.evaluation.parsing import parse_boxes
+from octavius.model.octavius import Octavius
+from octavius.points.object_store import ObjectStore
+from octavius.report.html import write_report
+from octavius.report.plots import plots
+from octavius.report.scene_picture import save_picture
+from octavius.training.train import DONE, train
 
 
 def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[str, Any]:
@@ -95,10 +97,12 @@ def _single_lora(config: Config, folder: Path, resume: bool) -> Iterator[None]:
 def _train_and_score(config: Config, folder: Path, resume: bool):
     config = replace(config, train=replace(config.train, output=str(folder)))
     model, report = train(config, resume)
-    records, stores = load_data(model, config, "test.json")
+    records, stores = load_data(config.data, "test.json", **model.readers())
     scored, answers = evaluate(model, records, stores)
     scores = [scored, evaluate(model, records, stores, blind=True)[0]]
-    unseen, others = load_data(model, config, "zeroshot.json")  # empty where the photographs could not be fetched
+    unseen, others = load_data(
+        config.data, "zeroshot.json", **model.readers()
+    )  # empty where the photographs could not be fetched
     zeroshot = [evaluate(model, unseen, others, blind=blind)[0] if unseen else {} for blind in (False, True)]
     return model, report, scores, zeroshot, records, answers, stores
 

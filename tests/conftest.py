@@ -23,6 +23,6 @@ def _seeded():
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """Folders with a tiny LLM, tower and data; read, never written."""
-    from tests import tiny  # transformers is slow to import, and most tests of the engine do without it
+    from tests.support import tiny  # transformers is slow to import, and most tests of the engine do without it
 
     return tiny.save_parts(tmp_path_factory.mktemp("parts"))

@@ -1,4 +1,4 @@
-"""The import graph: every module has its layer, imports point down, and nothing is called `kernels`."""
+"""The import graph over packages: imports point down, packages on one floor do not see each other."""
 
 import ast
 import os
@@ -9,121 +9,68 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOTS = {"moe_lora": ROOT / "kernels", "octavius": ROOT}
-LAYERS = (  # lowest first; modules of one layer do not import each other
-    ("moe_lora.dropout", "moe_lora.routing", "moe_lora.triton_dropout"),
-    ("moe_lora.triton_kernels",),
-    ("moe_lora.triton_launch",),
-    (
-        "moe_lora.gate",
-        "moe_lora.reference",
-        "moe_lora.cpu",
-        "moe_lora.cuda",
-        "moe_lora.triton_backend",
-        "moe_lora.measure",
+FLOORS = {  # lowest first
+    "moe_lora": (
+        ("config", "routing", "dropout", "storage"),
+        ("gate",),
+        ("backend",),
+        ("ops",),
+        ("group",),
+        ("verify", "slot"),
+        ("layers",),
+        ("siblings", "context"),
+        ("inject",),
+        ("checkpoint",),
+        ("audit", "peft"),
+        ("__init__",),
+        ("__main__",),
     ),
-    ("moe_lora.dispatch",),
-    ("moe_lora.ops",),
-    ("moe_lora.group",),
-    ("moe_lora.layers", "moe_lora.check"),
-    ("moe_lora.inject",),
-    ("moe_lora.checkpoint",),
-    ("moe_lora",),
-    ("moe_lora.__main__", "octavius"),
-    ("octavius.convert", "octavius.metrics", "octavius.questions", "octavius.scenes", "octavius.faces"),
-    ("octavius.points", "octavius.facts", "octavius.attention"),
-    ("octavius.assets", "octavius.stamps", "octavius.config", "octavius.prompts", "octavius.render"),
-    ("octavius.furniture", "octavius.candidates", "octavius.pointbert", "octavius.scan2inst", "octavius.report"),
-    (
-        "octavius.minilamm",
-        "octavius.rooms",
-        "octavius.objects",
-        "octavius.aggregation",
-        "octavius.encoders",
-        "octavius.llm",
-        "octavius.projector",
+    "octavius": (
+        ("__init__", "inputs", "assets", "config"),
+        ("vision", "points", "language"),
+        ("model", "data"),
+        ("training", "evaluation", "report"),
+        ("launch", "experiments", "serve", "session", "demo"),
+        ("cli",),
     ),
-    ("octavius.data", "octavius.upstream3d", "octavius.pretrain_points"),
-    ("octavius.model", "octavius.align", "octavius.scannet", "octavius.enrich"),
-    ("octavius.scene_picture",),
-    ("octavius.train", "octavius.evaluate", "octavius.chat"),
-    ("octavius.demo",),
-    ("octavius.cli",),
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+}
+ROOTS = {"moe_lora": ROOT / "kernels/moe_lora", "octavius": ROOT / "octavius"}
+FILES = [(package, path) for package, root in ROOTS.items() for path in sorted(root.rglob("*.py"))]
 
 
-def modules():
-    for package, root in ROOTS.items():
-        for path in sorted((root / package).rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
-
-
-FILES = dict(modules())
-
-
-def imports(path, everywhere=True):
-    """Names of what a file imports: modules where the name is one of ours, else as written."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree) if everywhere else tree.body:
+def imported(path):
+    """Dotted names of what a file imports, of names from a package too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
-            full = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in FILES else node.module for name in full)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_module_has_one_layer():
-    listed = [name for names in LAYERS for name in names]
-    assert len(listed) == len(set(listed))
-    assert set(listed) == set(FILES), "list new modules in LAYERS, and take out those that are gone"
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_imports_point_down(name):
-    for target in imports(FILES[name]):
-        if target in LEVEL:
-            assert LEVEL[target] < LEVEL[name], f"{name} (layer {LEVEL[name]}) imports {target} ({LEVEL[target]})"
-        assert target.partition(".")[0] not in ("kernels", "tests", "benchmarks"), f"{name} imports {target}"
-
-
-def test_engine_needs_torch_and_safetensors_alone():
-    foreign = {
-        (name, target)
-        for name, path in FILES.items()
-        if name.startswith("moe_lora")
-        for target in imports(path)
-        if target.partition(".")[0] not in {"moe_lora", "torch", "safetensors", *sys.stdlib_module_names}
-    }
-    assert {name for name, _ in foreign} <= {
-        f"moe_lora.triton_{part}" for part in ("dropout", "kernels", "launch", "backend")
-    }
-    assert {target.partition(".")[0] for _, target in foreign} == {"triton"}
-
-
-def test_triton_is_imported_only_when_needed():
-    assert run("import sys, moe_lora; print('triton' in sys.modules)").split() == ["False"]
-
-
-def test_engine_is_loaded_without_transformers_and_octavius():
-    code = "import sys, moe_lora; print(*[n for n in ('transformers', 'octavius', 'kernels') if n in sys.modules])"
-    assert run(code).split() == []
-
-
-@pytest.mark.parametrize("name", sorted(name for name in FILES if name.startswith("octavius")))
-def test_octavius_uses_the_public_names_of_the_engine(name):
-    assert not [target for target in imports(FILES[name]) if target.startswith("moe_lora.")]
-
-
-def test_no_package_is_called_kernels():
-    assert not (ROOT / "kernels/__init__.py").exists()
+@pytest.mark.parametrize(("package", "path"), FILES, ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_imports_point_down(package, path):
+    floor = {room: level for level, rooms in enumerate(FLOORS[package]) for room in rooms}
+    own = path.relative_to(ROOTS[package]).parts[0].removesuffix(".py")
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        room = rest.partition(".")[0]
+        assert top not in ("kernels", "tests", "benchmarks", "examples"), f"{path} imports {name}"
+        if top == package:
+            if room == "_C":
+                continue
+            room = room if room in floor else "__init__"
+            assert room == own or floor[room] < floor[own], f"{own} (floor {floor[own]}) imports {name} ({floor[room]})"
+        elif package == "moe_lora":
+            foreign = "triton" in path.parts and top == "triton"
+            assert top in {"torch", "safetensors", *sys.stdlib_module_names} or foreign or own == "peft", name
+        elif top == "moe_lora":
+            assert rest.count(".") == 0, f"{path} imports {name}, which is not a public name of the engine"
 
 
 def run(code):
     """A fresh interpreter at the root of the tree, where `kernels` is a namespace that can be imported."""
-    path = os.pathsep.join(map(str, dict.fromkeys(ROOTS.values())))
+    path = os.pathsep.join(map(str, (ROOT / "kernels", ROOT)))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
@@ -131,8 +78,24 @@ def run(code):
     return done.stdout
 
 
+def test_engine_is_loaded_without_triton_transformers_and_octavius():
+    names = ("triton", "transformers", "octavius", "kernels")
+    code = f"import sys, moe_lora; print(*[n for n in {names} if n in sys.modules])"
+    assert run(code).split() == []
+
+
+def test_model_is_loaded_without_data_training_report_and_trimesh():
+    code = (
+        "import sys, octavius.model.octavius\n"
+        "names = [f'octavius.{name}' for name in ('data', 'training', 'evaluation', 'report')] + ['trimesh']\n"
+        "print(*[n for n in names if n in sys.modules])"
+    )
+    assert run(code).split() == []
+
+
 def test_namespace_called_kernels_does_not_break_transformers():
     """Hugging Face has a package of that name, which transformers imports if it finds one."""
+    assert not (ROOT / "kernels/__init__.py").exists()
     code = (
         "import kernels; assert kernels.__file__ is None, kernels\n"
         "from transformers import CLIPVisionModel, LlamaForCausalLM, Trainer\n"

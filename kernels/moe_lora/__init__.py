@@ -12,12 +12,14 @@ What runs: `backends` and `explain` tell, and `python -m moe_lora` checks every 
 variable MOE_LORA_BACKEND names the backend that "auto" takes.
 """
 
+from moe_lora.backend.dispatch import backends, explain
 from moe_lora.checkpoint import load, save
-from moe_lora.dispatch import backends, explain
+from moe_lora.config import MoELoRAConfig
+from moe_lora.context import route
 from moe_lora.gate import InstanceGate, expert_share, load_balancing_loss
 from moe_lora.group import linear_group
-from moe_lora.inject import apply, route
-from moe_lora.layers import MoELoRAConfig, MoELoRALinear
+from moe_lora.inject import apply
+from moe_lora.layers import MoELoRALinear
 from moe_lora.ops import linear
 from moe_lora.routing import Routing
 

@@ -10,11 +10,11 @@ import sys
 import torch
 from torch.nn import functional
 
-from moe_lora import measure
-from moe_lora.check import CASES, Case, errors, make
-from moe_lora.dispatch import backends, explain
+from moe_lora.backend import autotune
+from moe_lora.backend.dispatch import backends, explain
 from moe_lora.ops import linear
 from moe_lora.routing import Routing
+from moe_lora.verify import CASES, Case, errors, make
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDE = Case((700, 1, 579), 256, 4224, 4, 2, 32, dropout=0.1, packed=True)  # the largest tiles
@@ -99,7 +99,7 @@ def print_speed(device: torch.device, dtype: torch.dtype, shapes=(*_TRAIN, *_DEC
         times = {name: [] for name in names}
         for _ in range(rounds):
             for name in names:
-                times[name].append(measure.milliseconds(lambda name=name: step(name), device))
+                times[name].append(autotune.milliseconds(lambda name=name: step(name), device))
         found = {name: statistics.median(each) for name, each in times.items()}
         cells = [
             f"{found[name]:>13.3f} ({found[name] / found[None]:.2f}x)" if name in found else "-"

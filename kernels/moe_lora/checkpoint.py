@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moe_lora.config import MoELoRAConfig
 from moe_lora.inject import apply, find_targets
-from moe_lora.layers import MoELoRAConfig, MoELoRALinear
+from moe_lora.layers import MoELoRALinear
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"

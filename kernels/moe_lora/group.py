@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lora import dispatch
+from moe_lora.backend import dispatch
 from moe_lora.dropout import as_seed
 from moe_lora.ops import autocast_dtype, check, no_autocast
 from moe_lora.routing import Plan, Routing

@@ -1,19 +1,16 @@
-"""`apply` puts experts into a model, `route` tells it which of them a batch uses."""
+"""`apply` puts experts into a model."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from moe_lora.layers import MoELoRAConfig, MoELoRALinear, RouteSlot, Siblings
-from moe_lora.routing import Routing
+from moe_lora.config import MoELoRAConfig
+from moe_lora.layers import MoELoRALinear
+from moe_lora.siblings import group_siblings
+from moe_lora.slot import RouteSlot
 
-# Children that a module of the Llama family calls one after the other with the same x; q, k, v if it is causal.
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -53,37 +50,8 @@ def apply(model: nn.Module, config: MoELoRAConfig, group: bool = True) -> nn.Mod
         setattr(model.get_submodule(parent), child, layers[base])
     if group:
         for parent in list(model.modules()):
-            _group(parent, slot)
+            group_siblings(parent, slot)
     return model
-
-
-def _group(parent: nn.Module, slot: RouteSlot) -> None:
-    for names in _SIBLINGS:
-        layers = [parent._modules.get(name) for name in names]
-        causal = names[0] != "q_proj" or getattr(parent, "is_causal", False)
-        if causal and all(isinstance(layer, MoELoRALinear) for layer in layers) and len(set(layers)) == len(layers):
-            hooks = _Together(slot, names)
-            parent.register_forward_pre_hook(hooks.before)
-            # one that is always called would have torch.compile guard its number and compile each layer anew
-            parent.register_forward_hook(hooks.after)
-
-
-class _Together:
-    """Hooks of a parent: while its forward runs, the layers of these names are computed together."""
-
-    def __init__(self, slot: RouteSlot, names: tuple[str, ...]):
-        self.slot, self.names = slot, names
-
-    def before(self, parent: nn.Module, _: Any) -> None:
-        if torch.compiler.is_compiling():  # a change of x in place between the calls could not be seen
-            return
-        layers = [parent._modules.get(name) for name in self.names]
-        mine = [layer for layer in layers if type(layer) is MoELoRALinear and layer.slot is self.slot]
-        self.slot.siblings = Siblings(mine) if len(mine) > 1 else None
-
-    def after(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.slot.siblings = None
 
 
 def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear]:
@@ -128,80 +96,6 @@ def _linears(modules: dict[str, nn.Module]) -> str:
 
 def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-@contextmanager
-def route(model: nn.Module, routing: Routing) -> Iterator[None]:
-    """Within it, the experts of `model` use `routing`, in this thread; the innermost of nested ones counts.
-
-    Holds for `model.generate` with beams and num_return_sequences too, and for what gradient checkpointing of
-    transformers (`model.gradient_checkpointing_enable()`) recomputes later, in backward. What `torch.utils.checkpoint`
-    itself recomputes has no routing unless backward runs within it too, in this thread.
-
-    Args:
-        model: a model with experts, or one that holds it, as DDP or torch.compile do.
-        routing: of the batch that the model is called with; layers on other devices use a copy of it there.
-    Raises:
-        ValueError: the model has no experts, or parts of it were given experts by separate calls of `apply`.
-        TypeError: routing is no Routing.
-    """
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
-    slot = _prepare(model)
-    before, slot.routing = slot.routing, routing
-    try:
-        yield
-    finally:
-        slot.routing, slot.siblings, slot.copied = before, None, None  # siblings that a failed forward left
-
-
-def _prepare(model: nn.Module) -> RouteSlot:
-    """The slot of the model's layers; also makes its gradient checkpointing carry the routing."""
-    slots, checkpointed = set(), []
-    for module in model.modules():
-        if isinstance(module, MoELoRALinear):
-            slots.add(module.slot)
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _RoutedCheckpoint):
-            checkpointed.append(module)
-    if len(slots) != 1:
-        what = "no experts; call moe_lora.apply first" if not slots else f"{len(slots)} parts applied apart; route each"
-        raise ValueError(f"model must have experts from one call of moe_lora.apply, got {what}")
-    slot = slots.pop()
-    for module in checkpointed:
-        module._gradient_checkpointing_func = _RoutedCheckpoint(module._gradient_checkpointing_func, slot)
-    return slot
-
-
-class _RoutedCheckpoint:
-    """Runs a checkpointed function, and its recomputation in backward, under the routing of its forward.
-
-    The gates go in as an argument, so that reentrant checkpointing, which detaches its arguments, returns their
-    gradient.
-    """
-
-    def __init__(self, checkpoint: Callable[..., Any], slot: RouteSlot):
-        self.checkpoint, self.slot = checkpoint, slot
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing = self.slot.routing
-        if routing is None:
-            return self.checkpoint(function, *args, **kwargs)
-        gates = routing.gates
-        if torch.is_grad_enabled() and not gates.requires_grad:
-            # reentrant checkpointing returns no gradient at all unless one argument requires it
-            gates = gates.detach().requires_grad_()
-        return self.checkpoint(partial(_under, self.slot, routing, function), gates, *args, **kwargs)
-
-
-def _under(
-    slot: RouteSlot, routing: Routing, function: Callable[..., Any], gates: Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    before, slot.routing = slot.routing, routing.with_gates(gates)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        slot.routing = before
 
 
 def _matcher(model: nn.Module, target_modules: tuple[str, ...] | str) -> Callable[[str, nn.Module], bool]:

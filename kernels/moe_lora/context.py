@@ -1,0 +1,87 @@
+"""`route` tells the experts of a model which of them a batch uses."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lora.layers import MoELoRALinear
+from moe_lora.routing import Routing
+from moe_lora.slot import RouteSlot
+
+
+@contextmanager
+def route(model: nn.Module, routing: Routing) -> Iterator[None]:
+    """Within it, the experts of `model` use `routing`, in this thread; the innermost of nested ones counts.
+
+    Holds for `model.generate` with beams and num_return_sequences too, and for what gradient checkpointing of
+    transformers (`model.gradient_checkpointing_enable()`) recomputes later, in backward. What `torch.utils.checkpoint`
+    itself recomputes has no routing unless backward runs within it too, in this thread.
+
+    Args:
+        model: a model with experts, or one that holds it, as DDP or torch.compile do.
+        routing: of the batch that the model is called with; layers on other devices use a copy of it there.
+    Raises:
+        ValueError: the model has no experts, or parts of it were given experts by separate calls of `apply`.
+        TypeError: routing is no Routing.
+    """
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
+    slot = _prepare(model)
+    before, slot.routing = slot.routing, routing
+    try:
+        yield
+    finally:
+        slot.routing, slot.siblings, slot.copied = before, None, None  # siblings that a failed forward left
+
+
+def _prepare(model: nn.Module) -> RouteSlot:
+    """The slot of the model's layers; also makes its gradient checkpointing carry the routing."""
+    slots, checkpointed = set(), []
+    for module in model.modules():
+        if isinstance(module, MoELoRALinear):
+            slots.add(module.slot)
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _RoutedCheckpoint):
+            checkpointed.append(module)
+    if len(slots) != 1:
+        what = "no experts; call moe_lora.apply first" if not slots else f"{len(slots)} parts applied apart; route each"
+        raise ValueError(f"model must have experts from one call of moe_lora.apply, got {what}")
+    slot = slots.pop()
+    for module in checkpointed:
+        module._gradient_checkpointing_func = _RoutedCheckpoint(module._gradient_checkpointing_func, slot)
+    return slot
+
+
+class _RoutedCheckpoint:
+    """Runs a checkpointed function, and its recomputation in backward, under the routing of its forward.
+
+    The gates go in as an argument, so that reentrant checkpointing, which detaches its arguments, returns their
+    gradient.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], slot: RouteSlot):
+        self.checkpoint, self.slot = checkpoint, slot
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        routing = self.slot.routing
+        if routing is None:
+            return self.checkpoint(function, *args, **kwargs)
+        gates = routing.gates
+        if torch.is_grad_enabled() and not gates.requires_grad:
+            # reentrant checkpointing returns no gradient at all unless one argument requires it
+            gates = gates.detach().requires_grad_()
+        return self.checkpoint(partial(_under, self.slot, routing, function), gates, *args, **kwargs)
+
+
+def _under(
+    slot: RouteSlot, routing: Routing, function: Callable[..., Any], gates: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    before, slot.routing = slot.routing, routing.with_gates(gates)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        slot.routing = before

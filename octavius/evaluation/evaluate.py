@@ -1,0 +1,124 @@
+"""Answers to a file of questions, scored; also blind, with the pictures exchanged, to show what they are worth."""
+
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from octavius.data.batches import Collator, InstructionData
+from octavius.data.loading import Stores
+from octavius.data.records import Record
+from octavius.evaluation.metrics import check, score
+from octavius.model.octavius import Octavius
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said: per record its answer and the weights of the experts; tokens generated per second."""
+
+    texts: list[str]
+    weights: torch.Tensor  # [records, E]
+    tokens_per_second: float
+
+
+def answer(
+    model: Octavius,
+    records: list[Record],
+    stores: Stores,
+    batch_size: int = 32,
+    max_new_tokens: int = 128,
+    blind: bool = False,
+) -> Answers:
+    """Greedy answers to the last question of every record.
+
+    Args:
+        records: the questions.
+        stores: the features of pictures and clouds.
+        blind: give every question another record's picture or cloud, of the same benchmark, so that only its text can
+            help.
+    """
+    if blind:
+        records = exchange_pictures(records)
+    data = InstructionData(records, model.conversation, model.image_tokens, 0, False, model.cloud_tokens)
+    collate = Collator(model.conversation.eos, stores.pictures, True, stores.scenes)
+    samples = [data[index] for index in range(len(data))]
+    order = sorted(range(len(samples)), key=lambda index: (records[index].task_type, len(samples[index]["input_ids"])))
+    texts, weights = [""] * len(records), torch.zeros(len(records), model.settings.lora.num_experts)
+    was_training = model.training
+    model.eval()
+    start, tokens = time.perf_counter(), 0
+    for first in track(range(0, len(order), batch_size), description="blind answers" if blind else "answers"):
+        rows = order[first : first + batch_size]
+        batch = collate([samples[row] for row in rows])
+        batch.pop("labels")
+        replies, gates = model.generate(**batch, max_new_tokens=max_new_tokens)
+        weights[rows] = gates.float().cpu()
+        for row, reply in zip(rows, replies, strict=True):
+            texts[row] = reply
+            tokens += len(model.tokenizer(reply).input_ids) + 1
+    model.train(was_training)
+    return Answers(texts, weights, tokens / (time.perf_counter() - start))
+
+
+def exchange_pictures(records: list[Record], seed: int = 0) -> list[Record]:
+    """The same questions, each with another picture or cloud of the same benchmark, drawn from `seed`.
+
+    Only where more than half of a benchmark's records share one do some of them keep it.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(record.truth.get("benchmark", record.task_type), []).append(index)
+    exchanged, rng = list(records), random.Random(seed)
+    for members in groups.values():
+        places = {source: rng.random() for source in dict.fromkeys(records[index].source for index in members)}
+        members.sort(key=lambda index: places[records[index].source])
+        step = max(Counter(records[index].source for index in members).values())  # past all with the same one
+        for index, other in zip(members, members[step:] + members[:step], strict=True):
+            exchanged[index] = replace(records[index], image=records[other].image, cloud=records[other].cloud)
+    return exchanged
+
+
+def evaluate(
+    model: Octavius, records: list[Record], stores: Stores, blind: bool = False, **options
+) -> tuple[dict[str, Any], Answers]:
+    """Scores by benchmark (see `octavius.evaluation.metrics.score`) and the answers that they come from.
+
+    Raises:
+        ValueError: a record without usable ground truth, before any question is asked.
+    """
+    rows = [{"id": record.id} | record.truth for record in records]
+    check(rows)
+    answers = answer(model, records, stores, blind=blind, **options)
+    return score([row | {"prediction": text} for row, text in zip(rows, answers.texts, strict=True)]), answers
+
+
+def routing_map(records: list[Record], weights: torch.Tensor) -> dict[str, list]:
+    """The mean weight of every expert by benchmark."""
+    names = sorted({record.truth["benchmark"] for record in records})
+    members = [[index for index, record in enumerate(records) if record.truth["benchmark"] == name] for name in names]
+    return {"benchmarks": names, "weights": [weights[rows].mean(0).tolist() for rows in members]}
+
+
+def write_answers(path: Path, records: list[Record], answers: Answers) -> None:
+    """One JSON line per record: id, picture, question, answer, reference and the experts."""
+    lines = [
+        json.dumps(
+            {
+                "id": record.id,
+                "benchmark": record.truth.get("benchmark"),
+                "image" if record.image else "pcl": str(record.source),
+                "question": record.turns[-1][0],
+                "answer": text,
+                "reference": record.turns[-1][1],
+                "experts": [[e, round(w, 4)] for e, w in enumerate(weights.tolist()) if w > 0],
+            }
+        )
+        for record, text, weights in zip(records, answers.texts, answers.weights, strict=True)
+    ]
+    path.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,147 @@
+"""The objects of point clouds as the model reads them: features and boxes, computed once per cloud and kept on disk.
+
+A .npz cloud may carry its boxes (`boxes` [P, 6]) and their numbers (`ids` [P]); others get proposals.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from octavius.points.cloud import UNITS, read_cloud
+from octavius.points.pointbert import PointBert, encode
+from octavius.points.proposals import MIN_POINTS, Boxes, boxes_within, objects_of
+
+
+class Region(NamedTuple):
+    """A cloud, or one object of it by its number."""
+
+    cloud: Path
+    object: int | None = None
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Of one scene. features: [P, C] float16; boxes: [P, 6] metres; ids: P numbers."""
+
+    features: torch.Tensor
+    boxes: torch.Tensor
+    ids: list[int]
+
+    def __post_init__(self) -> None:
+        if not len(self.features) == len(self.boxes) == len(self.ids):
+            lengths = len(self.features), len(self.boxes), len(self.ids)
+            raise ValueError(f"a scene must have a feature, a box and a number for each object, got {lengths}")
+
+    def only(self, number: int) -> "Objects":
+        """The object of this number alone, as upstream shows classification and captioning."""
+        if number not in self.ids:
+            raise ValueError(f"object must be one of {self.ids}, got {number}")
+        row = self.ids.index(number)
+        return Objects(self.features[row : row + 1], self.boxes[row : row + 1], [number])
+
+
+class ObjectStore:
+    """Objects of clouds by file.
+
+    Args:
+        encoder: of the objects; None where all scenes are given.
+        folder: where features are kept; None keeps them in memory only.
+        scenes: objects that are known already, such as upstream's precomputed ones.
+    """
+
+    def __init__(
+        self, encoder: PointBert | None = None, folder: Path | None = None, scenes: dict[Path, Objects] | None = None
+    ):
+        self.encoder, self.folder, self.scenes = encoder, folder, dict(scenes or {})
+
+    def prepare(self, clouds: Iterable[Path]) -> dict[Path, str]:
+        """Encode every cloud once.
+
+        Returns:
+            the unreadable ones, each with the reason.
+        """
+        paths = sorted({path for path in clouds if path not in self.scenes})
+        if not paths:
+            return {}
+        file = None if self.folder is None else self.folder / f"{self._key(paths)}.pt"
+        if file is None or not file.exists():
+            bad, found = {}, {}
+            for path in track(paths, "objects", disable=len(paths) < 10):
+                try:
+                    found[path] = self._encode(path)
+                except ValueError as error:
+                    bad[path] = str(error)
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_suffix(".partial")
+                rows = {str(path): (scene.features, scene.boxes, scene.ids) for path, scene in found.items()}
+                torch.save({"scenes": rows, "bad": {str(path): why for path, why in bad.items()}}, partial)
+                partial.rename(file)
+        else:
+            loaded = torch.load(file, weights_only=True)
+            found = {Path(path): Objects(*rows) for path, rows in loaded["scenes"].items()}
+            bad = {Path(path): why for path, why in loaded["bad"].items()}
+        self.scenes |= found
+        return bad
+
+    def lacking(self, regions: Iterable[Region]) -> dict[Region, str]:
+        """The regions about an object that its prepared cloud has not, each with the reason."""
+        return {
+            region: f"no object {region.object} among {scene.ids}; with fewer than {MIN_POINTS} points it is none"
+            for region in regions
+            if (scene := self.scenes.get(region.cloud)) and region.object is not None and region.object not in scene.ids
+        }
+
+    def add(self, cloud: Path, boxes: Boxes | None = None, unit: str = "m") -> Objects:
+        """Encode one cloud with given boxes, or with proposals, and remember it; `unit` is of the points and boxes."""
+        self.scenes[cloud] = self._encode(cloud, boxes, unit)
+        return self.scenes[cloud]
+
+    def __call__(self, regions: list[Region]) -> dict[str, torch.Tensor]:
+        """{"objects": [N, P, C], "boxes": [N, P, 6], "object_mask": [N, P] bool}, P the most objects of one of them."""
+        scenes = []
+        for region in regions:
+            if region.cloud not in self.scenes:
+                self.scenes[region.cloud] = self._encode(region.cloud)
+            scene = self.scenes[region.cloud]
+            scenes.append(scene if region.object is None else scene.only(region.object))
+        most = max(len(scene.ids) for scene in scenes)
+        features = torch.zeros(len(scenes), most, scenes[0].features.shape[1], dtype=torch.float16)
+        boxes, mask = torch.zeros(len(scenes), most, 6), torch.zeros(len(scenes), most, dtype=torch.bool)
+        for row, scene in enumerate(scenes):
+            count = len(scene.ids)
+            features[row, :count], boxes[row, :count], mask[row, :count] = scene.features, scene.boxes, True
+        return {"objects": features, "boxes": boxes, "object_mask": mask}
+
+    def _encode(self, path: Path, boxes: Boxes | None = None, unit: str = "m") -> Objects:
+        if self.encoder is None:
+            raise ValueError(f"{path}: a model without a point encoder reads precomputed objects only")
+        cloud = read_cloud(path, unit)
+        numbered = False
+        if boxes is None and path.suffix == ".npz":
+            boxes = boxes_within(path)
+            numbered = boxes is not None
+        if boxes is not None:
+            boxes = Boxes(boxes.boxes * np.float32(UNITS[unit]), boxes.names)
+        kept, clouds = objects_of(cloud, boxes)
+        dtype = torch.bfloat16 if torch.backends.mkldnn.is_available() else torch.float32
+        features = encode(self.encoder, clouds, dtype=dtype).half()
+        ids = [int(name) for name in kept.names] if numbered else list(range(len(kept)))
+        return Objects(features, torch.from_numpy(kept.boxes), ids)
+
+    def _key(self, paths: list[Path]) -> str:
+        """Names the content: the encoder's weights and the files."""
+        digest = hashlib.sha256()
+        if self.encoder is not None:
+            for name, value in sorted(self.encoder.state_dict().items()):
+                digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item():.9e}".encode())
+        for path in paths:
+            known = path.stat() if path.exists() else None
+            digest.update(f"{path.resolve()} {known and (known.st_size, known.st_mtime_ns)}".encode())
+        return f"objects-{digest.hexdigest()[:24]}"

@@ -1,0 +1,124 @@
+"""Image towers: a picture → P tokens of width C, frozen, in float32.
+
+CLIP ViT-L/14 (the paper's) and other Hugging Face ViTs by name or folder; EfficientNet-Lite0 and a ViT-S/14 from
+`octavius assets`.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from transformers import AutoConfig, AutoModel, CLIPVisionModel
+
+from octavius.assets import registry
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+class ImageTower(nn.Module):
+    """What all towers share: `tokens` P, `width` C, `size` of the square picture in pixels, and the normalisation."""
+
+    tokens: int
+    width: int
+    size: int = 224
+    mean_std = IMAGENET
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """A picture as [3, size, size], squashed to the square, so that fractions of its sides stay fractions."""
+        image = image.convert("RGBA") if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA") else image
+        if image.mode == "RGBA":  # what is transparent shows white
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        array = np.asarray(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC), np.float32)
+        mean, std = np.array(self.mean_std, np.float32)
+        return torch.from_numpy((array / 255 - mean) / std).permute(2, 0, 1)
+
+    def fingerprint(self) -> str:
+        """Names the function that this tower computes, for caches of its output."""
+        digest = hashlib.sha256(f"{type(self).__name__} {self.tokens} {self.width} {self.extra_repr()}".encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {value.double().sum().item():.9e}".encode())
+        return digest.hexdigest()[:16]
+
+
+class EfficientNetTower(ImageTower):
+    """EfficientNet-Lite0 at 224 px: 7×7 tokens of 1280 channels (stride 32) beside the 2×2 cells of 112 (stride 16).
+
+    The deep channels say what is there, the shallower ones where. [N, 3, 224, 224] → [N, 49, 1280 + 4·112].
+    """
+
+    tokens, width = 49, 1280 + 4 * 112
+
+    def __init__(self, weights: Path):
+        super().__init__()
+        net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(weights)).eval()
+        self.stem, self.head = fuse_conv_bn_eval(net._conv_stem, net._bn0), fuse_conv_bn_eval(net._conv_head, net._bn1)
+        for block in cast("Iterable[Any]", net._blocks):
+            if hasattr(block, "_expand_conv"):
+                block._expand_conv, block._bn0 = fuse_conv_bn_eval(block._expand_conv, block._bn0), nn.Identity()
+            block._depthwise_conv, block._bn1 = fuse_conv_bn_eval(block._depthwise_conv, block._bn1), nn.Identity()
+            block._project_conv, block._bn2 = fuse_conv_bn_eval(block._project_conv, block._bn2), nn.Identity()
+        self.blocks = net._blocks
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu6(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
+        middle = x
+        for block in self.blocks:
+            x = block(x)
+            if x.shape[-1] == self.size // 16:
+                middle = x  # the last one at stride 16: [N, 112, 14, 14]
+        deep = nn.functional.relu6(self.head(x))  # [N, 1280, 7, 7]
+        return torch.cat((deep, nn.functional.pixel_unshuffle(middle, 2)), 1).flatten(2).transpose(1, 2)
+
+
+class ViTTower(ImageTower):
+    """A Hugging Face ViT (CLIP, DINOv2, ...): one hidden state's patch tokens, class token dropped.
+
+    Args:
+        source: name or folder.
+        layer: index into the hidden states; -1 the last layer's, without the final norm, as upstream.
+        merge: join merge×merge neighbouring tokens into one of merge² times the width.
+    """
+
+    def __init__(self, source: str, layer: int = -2, merge: int = 1):
+        super().__init__()
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type in ("clip", "clip_vision_model"):
+            self.net, self.mean_std = CLIPVisionModel.from_pretrained(source), CLIP
+        else:
+            self.net = AutoModel.from_pretrained(source)
+        config: Any = self.net.config
+        if not all(hasattr(config, key) for key in ("patch_size", "hidden_size", "num_hidden_layers")):
+            raise ValueError(
+                f"tower must be EfficientNet-Lite0 or a ViT with patches, got {config.model_type} of {source}"
+            )
+        self.size = config.image_size if config.model_type == "clip_vision_model" else 224
+        self.layer, self.merge, self.side = layer, merge, self.size // config.patch_size
+        if self.side % merge:
+            raise ValueError(f"tower_merge must divide the {self.side} tokens of a side, got {merge}")
+        self.tokens, self.width = (self.side // merge) ** 2, config.hidden_size * merge**2
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}, merge={self.merge}"
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden = self.net(pixel_values=pixels, output_hidden_states=True).hidden_states[self.layer]
+        grid = hidden[:, -(self.side**2) :].transpose(1, 2).unflatten(2, (self.side, self.side))  # [N, C, side, side]
+        return nn.functional.pixel_unshuffle(grid, self.merge).flatten(2).transpose(1, 2)
+
+
+def load_tower(name: str, layer: int = -2, merge: int = 1) -> ImageTower:
+    """A frozen tower in evaluation mode: `efficientnet-lite0`, `vit-s14`, or a Hugging Face name or folder."""
+    if name == "efficientnet-lite0":
+        tower: ImageTower = EfficientNetTower(registry.need(name))
+    else:
+        tower = ViTTower(str(registry.need(name)) if name == "vit-s14" else name, layer, merge)
+    return tower.eval().requires_grad_(False)

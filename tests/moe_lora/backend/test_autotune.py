@@ -1,0 +1,177 @@
+"""Timed choices: by bucket, kept on disk, and not made where they must not be."""
+
+import json
+from types import SimpleNamespace
+
+import moe_lora
+import pytest
+import torch
+from moe_lora.__main__ import print_speed
+from moe_lora.backend import autotune, dispatch, reference
+
+TIMES = {"slow": 3.0, "quick": 1.0, "reference": 2.0}
+
+
+def backend(name, log):
+    def forward(*arguments):
+        log.append(name)
+        return reference.forward(*arguments)
+
+    def backward(*arguments):
+        log.append(name + " back")
+        return reference.backward(*arguments)
+
+    able = {"unavailable": lambda: None, "refuses": lambda *_: None, "kernel": lambda *_: (name, "why")}
+    return SimpleNamespace(**able, forward=forward, backward=backward)
+
+
+@pytest.fixture
+def log(monkeypatch, tmp_path):
+    """Three backends with scripted times; the device is the CPU, taken for one where time decides."""
+    log = []
+    monkeypatch.setattr(dispatch, "_BACKENDS", {name: backend(name, log) for name in TIMES})
+    monkeypatch.setattr(autotune, "_choices", {})
+    monkeypatch.setattr(autotune, "applies", lambda device: True)
+    monkeypatch.setattr(autotune, "may_time", lambda device: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MOE_LORA_BACKEND", raising=False)
+
+    def milliseconds(run, device):
+        before = len(log)
+        run()
+        return TIMES[log[-1].split()[0]] if len(log) > before else 0.5
+
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
+    return log
+
+
+def arguments(T=6, D=8):
+    routing = moe_lora.Routing(torch.tensor([[0, 1]] * 2), torch.rand(2, 2))
+    return torch.randn(2, T // 2, D), torch.randn(5, D), None, torch.randn(3, D, 4), torch.randn(3, 4, 5), routing
+
+
+def test_fastest_runs_and_is_timed_once(log):
+    moe_lora.linear(*arguments())
+    assert log[-1] == "quick" and log.count("slow") == autotune._WARM_UP + autotune._ROUNDS
+    del log[:]
+    moe_lora.linear(*arguments())
+    assert log == ["quick"]
+
+
+def test_backward_is_timed_for_itself(log):
+    inputs = arguments()
+    inputs[3].requires_grad_()
+    moe_lora.linear(*inputs).sum().backward()
+    assert log[-1] == "quick back" and "slow back" in log
+
+
+def test_choice_survives_the_process(log, monkeypatch):
+    moe_lora.linear(*arguments())
+    del log[:]
+    monkeypatch.setattr(autotune, "_choices", {})
+    moe_lora.linear(*arguments())
+    assert log == ["quick"]
+    (machine,) = json.loads(autotune.path().read_text())
+    assert torch.__version__ in machine
+
+
+def test_files_of_others_are_kept_and_broken_ones_replaced(log):
+    autotune.path().parent.mkdir(parents=True)
+    autotune.path().write_text(json.dumps({"another machine": {"bucket": {"quick": 9.0}}}))
+    moe_lora.linear(*arguments())
+    assert json.loads(autotune.path().read_text())["another machine"] == {"bucket": {"quick": 9.0}}
+    autotune.path().write_text("{")
+    moe_lora.linear(*arguments(T=40))
+    assert len(json.loads(autotune.path().read_text())) >= 1
+
+
+def test_bucket_rounds_rows_and_nothing_else(log):
+    def name(**change):
+        x, weight, _, lora_a, _, routing = arguments(**change)
+        return autotune.bucket(
+            x, weight, lora_a, moe_lora.ops.Plan(routing.experts, routing.gates, None, 1.0, 0.0, None)
+        )
+
+    assert name(T=6) == name(T=8) != name(T=10)
+    assert name() != name(D=9)
+
+
+def test_nothing_is_timed_where_it_must_not_be(log, monkeypatch):
+    monkeypatch.setattr(autotune, "may_time", lambda device: False)
+    moe_lora.linear(*arguments())
+    assert log == ["slow"]
+
+
+def test_may_time(monkeypatch):
+    device = torch.device("cuda")
+    assert not autotune.may_time(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert autotune.may_time(device)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert not autotune.may_time(device) and not autotune.applies(device)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not autotune.may_time(device)
+
+
+def test_ranks_choose_alike_whatever_their_files_say(log, monkeypatch):
+    moe_lora.linear(*arguments())
+    assert log[-1] == "quick"
+    monkeypatch.setattr(autotune, "applies", lambda device: False)  # as on a GPU among others
+    moe_lora.linear(*arguments())
+    assert log[-1] == "slow"  # the first in order
+
+
+def test_forward_alone_is_not_asked_for_a_backward(log, monkeypatch):
+    del dispatch._BACKENDS["quick"].backward
+    inputs = arguments()
+    inputs[3].requires_grad_()
+    moe_lora.linear(*inputs).sum().backward()
+    assert "quick" in log and log[-1] == "reference back"
+    with pytest.raises(ValueError, match="backend quick has no backward"):
+        moe_lora.linear(*inputs, backend="quick").sum().backward()
+
+
+def test_explain_tells_the_times(log):
+    x, weight, _, lora_a, _, routing = inputs = arguments()
+    assert moe_lora.explain(x, weight, lora_a, routing).backend == "slow"
+    moe_lora.linear(*inputs)
+    found = moe_lora.explain(x, weight, lora_a, routing)
+    assert found.backend == "quick"
+    assert found.why.startswith("forward timed here in ms: quick 1, reference 2, slow 3; ")
+
+
+def test_named_backend_is_not_timed(log):
+    moe_lora.linear(*arguments(), backend="slow")
+    assert log == ["slow"]
+
+
+def test_self_check_prints_times(log, capsys):
+    print_speed(torch.device("cpu"), torch.float32, ((2, 3, 8, 8),), rounds=2)
+    header, line = capsys.readouterr().out.strip().splitlines()
+    assert header.split()[-4:] == ["slow", "quick", "reference", "auto"]
+    assert line.startswith("2x3, 8 -> 8") and line.count("x)") == 4
+
+
+@pytest.mark.parametrize("takes, together", [(0.5, True), (9.0, False)], ids=["together", "apart"])
+def test_group_runs_together_where_that_is_faster(takes, together, log, monkeypatch):
+    def forward_group(x, weights, biases, lora_as, lora_bs, plan):
+        members = zip(weights, biases, lora_as, lora_bs, strict=True)
+        ys, hs = zip(*(reference.forward(x, *member, plan) for member in members), strict=True)
+        log.append("group")
+        return list(ys), list(hs)
+
+    slow = dispatch._BACKENDS["slow"]
+    slow.forward_group, slow.refuses_group = forward_group, lambda *_: None
+    monkeypatch.setitem(TIMES, "group", takes)
+    x, weight, bias, lora_a, lora_b, routing = arguments()
+    lists = ([weight] * 2, [bias] * 2, [lora_a] * 2, [lora_b] * 2)
+    moe_lora.linear_group(x, *lists, routing)
+    assert log.count("group") >= autotune._WARM_UP + autotune._ROUNDS
+    del log[:]
+    first, second = moe_lora.linear_group(x, *lists, routing)
+    assert log == (["group"] if together else ["quick", "quick"])
+    assert torch.equal(first, second)
+    found = moe_lora.explain(x, lists[0], lists[2], routing)
+    assert (found.backend, found.kernel) == (("slow", "2 together, slow") if together else ("quick", "one by one"))

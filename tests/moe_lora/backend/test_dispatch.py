@@ -1,0 +1,124 @@
+"""Which backend runs: by name, by environment, by itself; and what it says about it."""
+
+from types import SimpleNamespace
+
+import moe_lora
+import pytest
+import torch
+from moe_lora.__main__ import main
+from moe_lora.backend import dispatch, reference
+
+
+def arguments(N=2, L=5):
+    routing = moe_lora.Routing(torch.tensor([[0, 1]] * N), torch.rand(N, 2))
+    return torch.randn(N, L, 7), torch.randn(6, 7), torch.randn(4, 7, 3), routing
+
+
+def fake(unavailable=None, refuses=None):
+    return SimpleNamespace(
+        unavailable=lambda: unavailable,
+        refuses=lambda x, *_: refuses if x.shape[-2] < 3 else None,
+        kernel=lambda *_: ("tile", "it is fast"),
+        forward=lambda x, weight, *_: (x.new_zeros(*x.shape[:-1], weight.shape[0]), x.new_zeros(0)),
+    )
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Before the reference: one that is not built, one that wants three rows."""
+    backends = {"absent": fake("not built"), "picky": fake(None, "wants 3 rows"), "reference": reference}
+    monkeypatch.setattr(dispatch, "_BACKENDS", backends)
+    monkeypatch.delenv("MOE_LORA_BACKEND", raising=False)
+
+
+def test_backends_names_the_reference_as_able():
+    assert moe_lora.backends()["reference"] is None
+
+
+def test_backends_gives_reasons(three):
+    assert moe_lora.backends() == {"absent": "not built", "picky": None, "reference": None}
+
+
+def test_auto_takes_the_first_that_can(three):
+    assert moe_lora.explain(*arguments()).backend == "picky"
+    found = moe_lora.explain(*arguments(L=2))
+    assert found.backend == "reference"
+    assert str(found).startswith(
+        "reference/gather: the first that can run; not absent: not built; not picky: wants 3 rows"
+    )
+
+
+def test_linear_runs_what_explain_says(three):
+    x, weight, lora_a, routing = arguments()
+    lora_b = torch.randn(4, 3, 6)
+    assert (moe_lora.linear(x, weight, None, lora_a, lora_b, routing) == 0).all()
+    assert (moe_lora.linear(x, weight, None, lora_a, lora_b, routing, backend="reference") != 0).any()
+
+
+def test_explain_bad_input_is_refused():
+    x, weight, lora_a, routing = arguments()
+    with pytest.raises(TypeError, match=r"routing must be a moe_lora\.Routing, got NoneType"):
+        moe_lora.explain(x, weight, lora_a, None)
+    with pytest.raises(TypeError, match="lora_a must be a tensor, got list"):
+        moe_lora.explain(x, weight, [lora_a], routing)
+    with pytest.raises(ValueError, match=r"weight \[F, D\] and .*, got \(2, 5, 7\), \(7, 6\) and \(4, 7, 3\)"):
+        moe_lora.explain(x, weight.t(), lora_a, routing)
+    with pytest.raises(ValueError, match="the routing's 2 instances must be"):
+        moe_lora.explain(x[:1], weight, lora_a, routing)
+    with pytest.raises(ValueError, match="as many weights and lora_as, at least one, got 2 and 1"):
+        moe_lora.explain(x, [weight, weight], [lora_a], routing)
+
+
+def test_named_backend_runs_or_raises(three):
+    with pytest.raises(ValueError, match="backend absent cannot run this call: not built"):
+        moe_lora.explain(*arguments(), backend="absent")
+    with pytest.raises(ValueError, match="backend picky cannot run this call: wants 3 rows"):
+        moe_lora.explain(*arguments(L=2), backend="picky")
+    with pytest.raises(ValueError, match="backend must be auto or one of absent, picky, reference, got 'warp'"):
+        moe_lora.explain(*arguments(), backend="warp")
+    assert moe_lora.explain(*arguments(), backend="reference").why.startswith("backend asks for reference; ")
+
+
+def test_environment_decides_for_auto_only(three, monkeypatch):
+    monkeypatch.setenv("MOE_LORA_BACKEND", "reference")
+    assert moe_lora.explain(*arguments()).why.startswith("MOE_LORA_BACKEND asks for reference; ")
+    assert moe_lora.explain(*arguments(), backend="picky").backend == "picky"
+    monkeypatch.setenv("MOE_LORA_BACKEND", "warp")
+    with pytest.raises(ValueError, match=r"MOE_LORA_BACKEND must be auto or one of .*, got 'warp'"):
+        moe_lora.explain(*arguments())
+    monkeypatch.setenv("MOE_LORA_BACKEND", "absent")
+    with pytest.raises(ValueError, match="backend absent of MOE_LORA_BACKEND cannot run this call: not built"):
+        moe_lora.explain(*arguments())
+
+
+@pytest.mark.parametrize(
+    "T, N, K, E, form",
+    [(1760, 16, 2, 4, "gather"), (1760, 1760, 2, 4, "concat"), (1, 1, 2, 4, "gather"), (32, 32, 2, 4, "concat")],
+)
+def test_form_of_usual_shapes(T, N, K, E, form):
+    assert reference.form(T, N, K, E) == form
+    x, routing = torch.zeros(N, T // N, 7), moe_lora.Routing(torch.zeros(N, K).int(), torch.rand(N, K))
+    assert moe_lora.explain(x, torch.zeros(6, 7), torch.zeros(E, 7, 3), routing, "reference").kernel == form
+
+
+def test_packed_rows_are_told():
+    x, weight, lora_a, routing = arguments()
+    packed = moe_lora.Routing(routing.experts, routing.gates, torch.tensor([0, 3, 10]))
+    found = moe_lora.explain(x.view(10, 7), weight, lora_a, packed, "reference")
+    assert found.kernel == "concat" and "packed" in found.why
+
+
+def test_self_check_passes_and_prints_a_table(capsys):
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "all right" and any(line.startswith("reference  cpu    bfloat16") for line in lines)
+
+
+def test_self_check_sees_a_wrong_backend(monkeypatch, capsys):
+    wrong = SimpleNamespace(
+        **{name: getattr(reference, name) for name in ("unavailable", "refuses", "kernel", "backward")}
+    )
+    wrong.forward = lambda x, *rest: tuple(1.1 * tensor for tensor in reference.forward(x, *rest))
+    monkeypatch.setattr(dispatch, "_BACKENDS", {"reference": wrong})
+    assert main() == 1
+    assert "WRONG" in capsys.readouterr().out.splitlines()[-1]
