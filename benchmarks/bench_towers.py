@@ -1,10 +1,10 @@
 """What the tokens of an image tower know: a linear probe per token, trained and tested on different photographs.
 
-Every token is asked which category covers its centre (or none). Three figures on the test pictures: tokens right among
-those on an object; category of the picture (one object, the most frequent answer over its tokens); milliseconds a
-picture takes on one thread.
+Every token is asked which category covers its centre (or none). Three figures on the test images: tokens right among
+those on an object; category of the image (one object, the most frequent answer over its tokens); milliseconds a
+image takes on one thread.
 
-Usage: python benchmarks/bench_towers.py [--pictures 1000]
+Usage: python benchmarks/bench_towers.py [--images 1000]
 """
 
 import argparse
@@ -24,7 +24,7 @@ TOWERS = (("efficientnet-lite0", -1, 1), ("vit-s14", -2, 1), ("vit-s14", -2, 2),
 
 
 def token_labels(records, labels: list[str], side: int) -> torch.Tensor:
-    """[pictures, side²] index of the category whose box covers the token's centre, 0 for none."""
+    """[images, side²] index of the category whose box covers the token's centre, 0 for none."""
     centres = (torch.arange(side) + 0.5) / side
     out = torch.zeros(len(records), side, side, dtype=torch.long)
     for row, record in enumerate(records):
@@ -52,18 +52,18 @@ def probe(x: torch.Tensor, y: torch.Tensor, classes: int) -> torch.nn.Linear:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pictures", type=int, default=1000)
-    pictures = parser.parse_args().pictures
+    parser.add_argument("--images", type=int, default=1000)
+    images = parser.parse_args().images
     folder = data_folder("mini-lamm:demo")
     sides = [
-        [r for r in read_records(folder / f) if r.truth["benchmark"] == "detection"][:pictures]
+        [r for r in read_records(folder / f) if r.truth["benchmark"] == "detection"][:images]
         for f in ("train.json", "test.json")
     ]
     labels = sorted({item["label"] for side in sides for record in side for item in record.truth["object"]})
     table = Table(
-        title=f"{torch.get_num_threads()} threads, float32, {len(sides[0])} train and {len(sides[1])} test pictures"
+        title=f"{torch.get_num_threads()} threads, float32, {len(sides[0])} train and {len(sides[1])} test images"
     )
-    for column in ("tower", "layer", "merge", "tokens", "width", "tokens right", "pictures right", "ms a picture"):
+    for column in ("tower", "layer", "merge", "tokens", "width", "tokens right", "images right", "ms an image"):
         table.add_column(column, justify="left" if column == "tower" else "right")
     for name, layer, merge in TOWERS:
         tower = load_tower(name, layer, merge)
@@ -94,7 +94,7 @@ def main() -> None:
             f"{right:.3f}",
             f"{1000 * seconds:.1f}",
         )
-        Console().print(json.dumps({"tower": name, "layer": layer, "merge": merge, "pictures": right}))
+        Console().print(json.dumps({"tower": name, "layer": layer, "merge": merge, "images": right}))
     Console().print(table)
 
 

@@ -7,7 +7,7 @@
     frozen          the linears without any experts: the floor
 
 All: SmolLM2-135M-Instruct in bfloat16, float32 trainable weights, EfficientNet-Lite0 tokens, the same batches of
-mini-LAMM, AdamW. All but peft-usual: pictures' features kept, logits only where labels are, `load_llm`'s
+mini-LAMM, AdamW. All but peft-usual: images' features kept, logits only where labels are, `load_llm`'s
 attention, and with --compile compiled decoder layers.
 Prints tokens (padding not counted) per second, median, 20th and 80th percentile over the steps, and the median of the
 ratio to `frozen` in each step; and new tokens per second of greedy generation for a batch of prompts. The providers run
@@ -48,7 +48,7 @@ PROVIDERS = ("cpu", "reference", "einsum", "peft", "peft-usual", "frozen")
 
 
 class Peft(torch.nn.Module):
-    """The same picture tokens before a PEFT model, with nothing of this project's engine."""
+    """The same image tokens before a PEFT model, with nothing of this project's engine."""
 
     def __init__(self, ours: Octavius, usual: bool):
         super().__init__()
@@ -68,8 +68,8 @@ class Peft(torch.nn.Module):
 
     def embed(self, input_ids, features):
         embeds = self.llm.get_input_embeddings()(input_ids.clamp(max=self.vocab - 1))
-        picture = (input_ids == self.vocab + 2)[..., None]
-        return embeds.masked_scatter(picture, self.projector(features).to(embeds.dtype))
+        image = (input_ids == self.vocab + 2)[..., None]
+        return embeds.masked_scatter(image, self.projector(features).to(embeds.dtype))
 
     def forward(self, input_ids, attention_mask, labels, features, **_):
         embeds = self.embed(input_ids, features)

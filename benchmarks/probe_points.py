@@ -66,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folder = rooms.build(registry.default_cache() / "mini-scan2inst" / args.size, args.size)
     encoder = load_encoder(args.encoder)
-    sides = {side: objects(folder, side) for side in rooms.SIDES}
+    sides = {side: objects(folder, side) for side in rooms.SPLITS}
     read = {side: inputs(encoder, clouds, boxes) for side, (clouds, boxes, _) in sides.items()}
     colours = {
         side: np.array([colour_name(cloud.channels(True)[:, 3:]) for cloud in found[0]])
@@ -81,9 +81,9 @@ def main() -> None:
         for truth in ({side: found[2] for side, found in sides.items()}, colours):
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=REGULAR, max_iter=500))
             probe.fit(read["train"][name], truth["train"])
-            cells += [f"{(probe.predict(read[side][name]) == truth[side]).mean():.3f}" for side in rooms.SIDES[1:]]
+            cells += [f"{(probe.predict(read[side][name]) == truth[side]).mean():.3f}" for side in rooms.SPLITS[1:]]
         ridge = make_pipeline(StandardScaler(), Ridge(100.0)).fit(read["train"][name], heights["train"])
-        wrong = [np.abs(ridge.predict(read[side][name]) - heights[side]) for side in rooms.SIDES[1:]]
+        wrong = [np.abs(ridge.predict(read[side][name]) - heights[side]) for side in rooms.SPLITS[1:]]
         cells += [f"{100 * np.median(errors):.0f}" for errors in wrong]
         print(f"{name:22s} class {cells[0]} {cells[1]}  colour {cells[2]} {cells[3]}  height {cells[4]} {cells[5]}")
 

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def ceilings(seconds: float) -> tuple[Ceilings, Ceilings]:
-    """Of F.linear and of ours."""
+    """Times of F.linear and of ours."""
     many, one = (Shape("forward", 1, rows, D, F, E=1, K=1, R=1) for rows in (ROWS, 1))
     times = [[row["p20_ms"] / 1e3 for row in run(shape, PROVIDERS, torch.bfloat16, seconds)] for shape in (many, one)]
     frozen, own = (Ceilings(2 * ROWS * D * F / dense, 2 * D * F / few) for dense, few in zip(*times, strict=True))

@@ -33,7 +33,7 @@ Checkpoint = Annotated[Path, typer.Option("--model", help="A folder that trainin
 
 @app.command("assets")
 def assets_command(names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.")] = None) -> None:
-    """Fetch and check the embedded weights and pictures."""
+    """Fetch and check the embedded weights and images."""
     registry.fetch(names or None)
     console.print(registry.status_table())
 
@@ -51,15 +51,15 @@ def train(config: ConfigOption, settings: Settings = None, resume: bool = False)
 @app.command()
 def chat(
     question: str,
-    image: Annotated[Path | None, typer.Option(help="A picture.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image.")] = None,
     points: Annotated[Path | None, typer.Option(help="A point cloud or mesh: .ply, .pcd, .npy, .obj ...")] = None,
     boxes: Annotated[Path | None, typer.Option(help="Boxes of its objects; without, they are proposed.")] = None,
     unit: Annotated[str, typer.Option(help="Of the coordinates of cloud and boxes: m, cm, mm.")] = "m",
-    draw: Annotated[Path | None, typer.Option(help="Picture file for the cloud and its objects' attention.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Image file for the cloud and its objects' attention.")] = None,
     model: Checkpoint = Path("runs/demo/model"),
     task: Annotated[str, typer.Option(help="Task type, for models trained with system messages.")] = "normal",
 ) -> None:
-    """Ask about a picture or a point cloud; prints the answer and the experts that gave it."""
+    """Ask about an image or a point cloud; prints the answer and the experts that gave it."""
     if (image is None) == (points is None):
         raise ValueError("give either --image or --points")
     seen = image or Scan(points, unit, read_boxes(boxes) if boxes else None, draw)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def evaluate_command(
     model: Checkpoint = Path("runs/demo/model"),
     file: str = "test.json",
 ) -> None:
-    """Score a model on the questions of `data.root`/FILE, with their own pictures and blind."""
+    """Score a model on the questions of `data.root`/FILE, with their own images and blind."""
     loaded = Octavius.from_folder(model)
     records, stores = load_data(load_config(config, settings).data, file, **loaded.readers())
     scores, answers = evaluate(loaded, records, stores)
@@ -91,7 +91,7 @@ def pretrain_points(
     steps: int = PretrainConfig.steps,
     seed: int = 0,
 ) -> None:
-    """Train the point encoder on furniture models against text and pictures, and score it on held-out models."""
+    """Train the point encoder on furniture models against text and images, and score it on held-out models."""
     if preset not in POINT_PRESETS:
         raise ValueError(f"preset must be one of {', '.join(POINT_PRESETS)}, got {preset!r}")
     folder = output or default_folder(preset)

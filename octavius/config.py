@@ -52,7 +52,7 @@ class CloudConfig:
 class ModelConfig:
     """The parts. `llm` and `tower` are names of `octavius assets`, Hugging Face names, or folders.
 
-    tower: None for a model that reads no pictures; clouds: None for one that reads no point clouds.
+    tower: None for a model that reads no images; clouds: None for one that reads no point clouds.
     """
 
     llm: str = "smollm2"
@@ -74,8 +74,8 @@ class ModelConfig:
 class DataConfig:
     """Where the records are. `mini-lamm:SIZE`, `mini-scan2inst:SIZE` build the embedded data; else a root is a folder.
 
-    root, root_3d: of pictures and of clouds; None for none. loop, loop_3d: how often an epoch passes over each;
-    loop_detection: over the pictures' detections, whose long answers are learnt last; detection_first: so many batches
+    root, root_3d: of images and of clouds; None for none. loop, loop_3d: how often an epoch passes over each;
+    loop_detection: over the images' detections, whose long answers are learnt last; detection_first: so many batches
     of them come before all else.
     train_3d: a JSON file, or upstream's .pickle.
     """
@@ -89,8 +89,8 @@ class DataConfig:
     train: str = "train.json"
     train_3d: str = "train.json"
     images: str | None = None  # folder that the records' image paths start from; None: beside the JSON file
-    max_tokens: int = 400  # text after the picture is cut to this many tokens
-    cache_features: bool = True  # compute each picture's tower features once and keep them on disk
+    max_tokens: int = 400  # text after the image is cut to this many tokens
+    cache_features: bool = True  # compute each image's tower features once and keep them on disk
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class TrainConfig:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    align: bool = False  # start the projectors in closed form, see align.py, instead of at random
+    projector_init: bool = False  # set the projectors in closed form before training, see projector_init.py
     compile: bool = False  # torch.compile the decoder layers: pays from about five minutes of training
     save_steps: int = 200
     log_steps: int = 5

@@ -23,12 +23,12 @@ from octavius.model.octavius import Octavius
 from octavius.points.object_store import ObjectStore
 from octavius.report.html import write_report
 from octavius.report.plots import plots
-from octavius.report.scene_picture import save_picture
+from octavius.report.scene_image import save_scene_image
 from octavius.training.train import DONE, train
 
 
 def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[str, Any]:
-    """Train as `config` says and score on held-out pictures, with them and blind.
+    """Train as `config` says and score on held-out images, with them and blind.
 
     Args:
         config: the run; everything is written under `train.output`.
@@ -162,10 +162,10 @@ def _samples(records: list[Record], answers: Answers, count: int = 12) -> list[t
 
 
 def _draw(samples: list[tuple[dict[str, Any], Record]], model: Octavius, scenes: ObjectStore, folder: Path) -> None:
-    """A picture of every sample's cloud, named by its number: an id is text of the data, not a file name."""
+    """An image of every sample's cloud, named by its number: an id is text of the data, not a file name."""
     for number, (sample, record) in enumerate(samples):
         if record.cloud:
-            sample["image"] = str(save_picture(model, scenes, record.cloud, folder / f"{number:02d}.png") or "")
+            sample["image"] = str(save_scene_image(model, scenes, record.cloud, folder / f"{number:02d}.png") or "")
 
 
 def _sample(record: Record, text: str, weights: torch.Tensor) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> dict[str, MoELoRALinear]:
-    """By name as in the bare model."""
+    """Layers by their name in the bare model."""
     return {
         _bare_name(model, name): module for name, module in model.named_modules() if isinstance(module, MoELoRALinear)
     }

@@ -128,7 +128,7 @@ def errors(case: Case, inputs: Inputs, backend: str = "auto") -> dict[str, tuple
 
 
 def gradients(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> tuple[Tensor, ...]:
-    """Of each leaf, zeros where y does not depend on it."""
+    """Gradient of each leaf, zeros where y does not depend on it."""
     return torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype), allow_unused=True, materialize_grads=True)
 
 

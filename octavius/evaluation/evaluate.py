@@ -1,4 +1,4 @@
-"""Answers to a file of questions, scored; also blind, with the pictures exchanged, to show what they are worth."""
+"""Answers to a file of questions, scored; also blind, with the images exchanged, to show what they are worth."""
 
 import json
 import random
@@ -39,14 +39,14 @@ def answer(
 
     Args:
         records: the questions.
-        stores: the features of pictures and clouds.
-        blind: give every question another record's picture or cloud, of the same benchmark, so that only its text can
+        stores: the features of images and clouds.
+        blind: give every question another record's image or cloud, of the same benchmark, so that only its text can
             help.
     """
     if blind:
-        records = exchange_pictures(records)
+        records = exchange_images(records)
     data = InstructionData(records, model.conversation, model.image_tokens, 0, False, model.cloud_tokens)
-    collate = Collator(model.conversation.eos, stores.pictures, True, stores.scenes)
+    collate = Collator(model.conversation.eos, stores.images, True, stores.scenes)
     samples = [data[index] for index in range(len(data))]
     order = sorted(range(len(samples)), key=lambda index: (records[index].task_type, len(samples[index]["input_ids"])))
     texts, weights = [""] * len(records), torch.zeros(len(records), model.settings.lora.num_experts)
@@ -66,8 +66,8 @@ def answer(
     return Answers(texts, weights, tokens / (time.perf_counter() - start))
 
 
-def exchange_pictures(records: list[Record], seed: int = 0) -> list[Record]:
-    """The same questions, each with another picture or cloud of the same benchmark, drawn from `seed`.
+def exchange_images(records: list[Record], seed: int = 0) -> list[Record]:
+    """The same questions, each with another image or cloud of the same benchmark, drawn from `seed`.
 
     Only where more than half of a benchmark's records share one do some of them keep it.
     """
@@ -106,7 +106,7 @@ def routing_map(records: list[Record], weights: torch.Tensor) -> dict[str, list]
 
 
 def write_answers(path: Path, records: list[Record], answers: Answers) -> None:
-    """One JSON line per record: id, picture, question, answer, reference and the experts."""
+    """One JSON line per record: id, image, question, answer, reference and the experts."""
     lines = [
         json.dumps(
             {

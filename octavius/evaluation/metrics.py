@@ -1,6 +1,6 @@
 """Scores of the 2D tasks: answers are parsed out of free text, compared with the ground truth and averaged.
 
-    recall = Σ_p hits_p / Σ_p references_p        precision = Σ_p hits_p / Σ_p predictions_p       p a picture
+    recall = Σ_p hits_p / Σ_p references_p        precision = Σ_p hits_p / Σ_p predictions_p       p an image
 
 where hits_p is the largest one-to-one matching of pairs with IoU >= 0.5. Metrics are fractions (CIDEr 0..10).
 The tasks and metrics are those of the Octavius paper (arXiv 2311.02684, section 4); where its code differs, the
@@ -77,7 +77,7 @@ def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def check(records: Sequence[Mapping[str, Any]]) -> None:
-    """That every record, answered or not, has a benchmark and its ground truth, as `score` takes them.
+    """Raise ValueError unless every record, answered or not, has a benchmark and its ground truth.
 
     Raises:
         ValueError: a key is missing or a ground truth is unusable; the message names the record's id and the key.
@@ -91,16 +91,16 @@ def detection(
     references: Sequence[Sequence[tuple[str, Box]]],
     iou: float = 0.5,
 ) -> dict[str, float]:
-    """Recall and precision of boxes, by the largest one-to-one matching, micro-averaged over pictures.
+    """Recall and precision of boxes, by the largest one-to-one matching, micro-averaged over images.
 
     A pair may match if its IoU is at least `iou` and, for `recall` and `precision`, its labels agree (case aside; a
-    box without label never agrees). The `_any_class` values leave labels out. A picture for which no box was parsed
+    box without label never agrees). The `_any_class` values leave labels out. An image for which no box was parsed
     counts with all its references, hence lowers recall; it holds no prediction, so micro-averaged precision does not
-    see it (upstream skips such pictures, for precision, to the same effect). A rate whose denominator is 0 is 0.
+    see it (upstream skips such images, for precision, to the same effect). A rate whose denominator is 0 is 0.
 
     Args:
-        predictions: per picture (label or None, (x1, y1, x2, y2)) as `parse_boxes` returns them.
-        references: per picture (label, box), in the same units.
+        predictions: per image (label or None, (x1, y1, x2, y2)) as `parse_boxes` returns them.
+        references: per image (label, box), in the same units.
         iou: threshold.
     Returns:
         recall, precision, recall_any_class, precision_any_class.
@@ -257,7 +257,7 @@ def _answer(record: Mapping[str, Any]) -> str | None:
 
 
 def _detection_counts(predictions: Sequence[Any], references: Sequence[Any], iou: float) -> np.ndarray:
-    """Per picture: hits, hits of any class, predictions, references, [n, 4]."""
+    """Per image: hits, hits of any class, predictions, references, [n, 4]."""
     _same_length(predictions, references)
     counts = np.zeros((len(references), 4))
     for row, predicted, wanted in zip(counts, predictions, references, strict=True):

@@ -3,7 +3,7 @@
     y = softmax(s q kᵀ + mask) v        G query heads share a key head: [N·Hₖ, G·T, d] times [N·Hₖ, d, L]
 
 The queries of one key head are the rows of one product, so that keys and values are not repeated per query head.
-At the length of an instruction with a picture, about 100 tokens, and for the single queries of generation this
+At the length of an instruction with an image, about 100 tokens, and for the single queries of generation this
 is faster than `eager`, which copies them, and `sdpa`, whose backward is slow here: see `benchmarks/bench_attention.py`.
 """
 

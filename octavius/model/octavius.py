@@ -1,6 +1,6 @@
-"""The multimodal model: tokens of pictures, point clouds and text through one frozen LLM whose linears carry experts.
+"""The multimodal model: tokens of images, point clouds and text through one frozen LLM whose linears carry experts.
 
-z = projector(tower(picture))                         P tokens of the LLM's width D
+z = projector(tower(image))                         P tokens of the LLM's width D
 z = scene(objects of the cloud, their boxes)          Q tokens of the same width
 routing = gate(mean of the question's embeddings)     once per instance, for all layers and all tokens
 answer = LLM([... <Img> z </Img> question ...] | routing)
@@ -62,7 +62,7 @@ class Octavius(nn.Module):
         config: the parts.
         llm: a causal LM; it is changed in place (frozen, linears given experts).
         tokenizer: the LLM's.
-        tower: the image tower; None for a model that reads no pictures.
+        tower: the image tower; None for a model that reads no images.
         encoder: of point clouds' objects; None where the data bring their features.
     """
 
@@ -81,7 +81,7 @@ class Octavius(nn.Module):
     ):
         super().__init__()
         if tower is None and config.clouds is None:
-            raise ValueError("the model must read pictures or point clouds: give tower, clouds, or both")
+            raise ValueError("the model must read images or point clouds: give tower, clouds, or both")
         self.settings, self.tokenizer = config, tokenizer
         check_logits(llm)
         embedding = llm.get_input_embeddings()
@@ -121,7 +121,7 @@ class Octavius(nn.Module):
 
     @property
     def image_tokens(self) -> int:
-        """P, tokens of a picture; 0 if the model reads none."""
+        """P, tokens of an image; 0 if the model reads none."""
         return self.tower[0].tokens if self.tower[0] else 0
 
     @property
@@ -230,7 +230,7 @@ class Octavius(nn.Module):
             gate_mask: [N, L], 1 on the tokens that the gate reads.
             labels: [N, L], IGNORE where no loss counts.
             num_items_in_batch: answer tokens to average over, when a step spans several batches.
-            seen: what `embed` takes: features of the batch's pictures, objects of its clouds.
+            seen: what `embed` takes: features of the batch's images, objects of its clouds.
 
         Returns:
             `loss`; `balancing`, the part of it that balances the experts; `gates` [N, E], their mean weights.
@@ -294,12 +294,12 @@ class Octavius(nn.Module):
         """Token ids and what is seen as the LLM's input, [N, L, D] in the LLM's dtype.
 
         Args:
-            input_ids: [N, L]; n of the instances hold a picture's ids, m a cloud's.
+            input_ids: [N, L]; n of the instances hold an image's ids, m a cloud's.
             features: [n, P, C] tower output.
             objects, boxes, object_mask: [m, O, C], [m, O, 6] and [m, O], True on real objects.
         """
         table = self.llm.get_input_embeddings()
-        first = table.weight.shape[0]  # ids beyond the vocabulary: two markers and a token, of pictures and of clouds
+        first = table.weight.shape[0]  # ids beyond the vocabulary: two markers and a token, of images and of clouds
         embeds = table(input_ids.clamp(max=first - 1))
         if features is not None:
             tokens = self.projector(features.to(self.device))

@@ -27,7 +27,7 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Objects:
-    """Of one scene. features: [P, C] float16; boxes: [P, 6] metres; ids: P numbers."""
+    """Objects of one scene. features: [P, C] float16; boxes: [P, 6] metres; ids: P numbers."""
 
     features: torch.Tensor
     boxes: torch.Tensor

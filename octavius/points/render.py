@@ -1,4 +1,4 @@
-"""Pictures of point clouds: orthographic, painted from far to near, boxes over them."""
+"""Images of point clouds: orthographic, painted from far to near, boxes over them."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ PALETTE = ("#d1495b", "#2a7de1", "#2e933c", "#edae49", "#7b5ea7", "#00798c", "#8
 def camera(box: np.ndarray, yaw: float, pitch: float, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Rotation [3, 3] (rows: right, up, towards the viewer) and offset, so that pixels = xyz @ rotation.T + offset.
 
-    yaw 0 looks from -y towards +y; pitch lifts the viewer. The box (6 numbers) fills nine tenths of the picture.
+    yaw 0 looks from -y towards +y; pitch lifts the viewer. The box (6 numbers) fills nine tenths of the image.
     """
     turn, lift = np.deg2rad(yaw), np.deg2rad(pitch)
     right = np.array([np.cos(turn), np.sin(turn), 0])
@@ -40,7 +40,7 @@ def render(
 
     Args:
         cloud: at least one point.
-        size: of the square picture in pixels.
+        size: of the square image in pixels.
         yaw, pitch: of the viewer in degrees.
         boxes: [n, 6] drawn as wire frames, each with its label.
         dot: side of a point in pixels.

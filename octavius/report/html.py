@@ -1,6 +1,6 @@
 """One HTML file that shows what a run was, what it scored, how it learnt, where it routed and what it answered.
 
-`write_report` fills `report.html.jinja`: no script, no link, pictures inside, everything escaped (answers are a model's
+`write_report` fills `report.html.jinja`: no script, no link, images inside, everything escaped (answers are a model's
 output). `score_table` prints the same scores in a terminal; `plots` draws them for the documentation.
 Scores are shown × 100, as papers print them. The inputs, of which any part may be missing or empty:
 
@@ -40,7 +40,7 @@ from octavius.report.tables import (
     time_text,
 )
 
-PICTURE_SIDE = 480
+IMAGE_SIDE = 480
 CURVE = (720, 240)  # of the loss curve's plane, in SVG units
 
 
@@ -56,7 +56,7 @@ def write_report(
     Args:
         path: of the HTML file; its folder is made.
         metrics: what was run and the scores, column by column; see the module's text for this and the others.
-        samples: answered test pictures; `boxes` and `reference_boxes` in fractions of the picture's sides.
+        samples: answered test images; `boxes` and `reference_boxes` in fractions of the image's sides.
         loss: the training curve.
         routing: mean gate of each expert per task.
     """
@@ -158,7 +158,7 @@ def _heat(routing: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _card(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample with its picture inlined and its boxes in percent of the picture."""
+    """A sample with its image inlined and its boxes in percent of the image."""
     boxes = [("reference", box) for box in sample.get("reference_boxes") or []]
     boxes += [("predicted", box) for box in sample.get("boxes") or []]
     return {
@@ -172,18 +172,18 @@ def _card(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _percent(box: Sequence[float]) -> str:
-    """CSS place of a box, cut at the picture's edges."""
+    """CSS place of a box, cut at the image's edges."""
     x1, y1, x2, y2 = (min(max(100.0 * value, 0.0), 100.0) for value in box)
     return f"left:{x1:.2f}%;top:{y1:.2f}%;width:{x2 - x1:.2f}%;height:{y2 - y1:.2f}%"
 
 
 def _inline(path: str | Path) -> str:
-    """The picture, at most PICTURE_SIDE wide and high and on white, as a data URL."""
-    with Image.open(path) as picture:
-        picture = picture.convert("RGBA")
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    page = Image.new("RGB", picture.size, "white")
-    page.paste(picture, mask=picture.getchannel("A"))
+    """The image, at most IMAGE_SIDE wide and high and on white, as a data URL."""
+    with Image.open(path) as image:
+        image = image.convert("RGBA")
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=image.getchannel("A"))
     data = io.BytesIO()
     page.save(data, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

@@ -78,8 +78,8 @@ def pretrain_table(report: Mapping[str, Any]) -> Table:
         "held out", "models", "metric", "score", "against", title="Point encoder \u00d7 100", title_justify="left"
     )
     names = {"test": "test models", "zeroshot": "catalogue never seen"}
-    for side, name in names.items():
-        s = report[side]
+    for split, name in names.items():
+        s = report[split]
         rows = [("zero-shot Acc@1", s["zero_shot_acc"], "chance", s["zero_shot_chance"])]
         rows.append(("nearest neighbour", s["nearest_feature_acc"], "raw geometry", s["nearest_geometry_acc"]))
         for kind in ("text", "image"):

@@ -81,22 +81,22 @@ def pretrain(output: Path, config: PretrainConfig, cache: Path | None = None) ->
     clouds = furniture.load_points(folder, models, cache)
     names, texts, images = _teachers(folder, models, clouds, config, cache)
     index = {model.id: row for row, model in enumerate(models)}
-    rows = {side: [index[model.id] for model in members] for side, members in furniture.split(models).items()}
+    rows = {split: [index[model.id] for model in members] for split, members in furniture.split(models).items()}
     mean = images[rows["train"]].mean((0, 1))
     images = nn.functional.normalize(images - mean, dim=-1)  # a tower's pooled features share most of their length
     model = PointBert(PRESETS[config.preset])
     both = nn.ModuleList((model, Heads(model.features, texts.shape[-1], images.shape[-1])))
     start = time.perf_counter()
-    train = _side(rows["train"], models, texts, images)
+    train = _teachers_of(rows["train"], models, texts, images)
     losses = _fit(both, [clouds[i] for i in rows["train"]], train, names, config)
     heads = both[1]
     assert isinstance(heads, Heads)
     report: dict[str, Any] = {"config": asdict(config), "seconds": time.perf_counter() - start, "loss": losses}
-    features = {side: encode(model, [clouds[i] for i in members]) for side, members in rows.items()}
-    for side in ("test", "zeroshot"):
-        held = _side(rows[side], models, texts, images)
-        report[side] = _scores(heads, features[side], held, names)
-        report[side] |= _neighbours(rows["train"], rows[side], models, clouds, features["train"], features[side])
+    features = {split: encode(model, [clouds[i] for i in members]) for split, members in rows.items()}
+    for split in ("test", "zeroshot"):
+        held = _teachers_of(rows[split], models, texts, images)
+        report[split] = _scores(heads, features[split], held, names)
+        report[split] |= _neighbours(rows["train"], rows[split], models, clouds, features["train"], features[split])
     report["all_seconds"] = time.perf_counter() - begin
     model.save(output)
     (output / "pretrain.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -104,7 +104,7 @@ def pretrain(output: Path, config: PretrainConfig, cache: Path | None = None) ->
 
 
 @dataclass(frozen=True)
-class Side:
+class Teachers:
     """What the teachers say of some models: text [n, T, C], image [n, V, C], their names and classes."""
 
     text: torch.Tensor
@@ -113,8 +113,8 @@ class Side:
     labels: list[str]
 
 
-def _side(rows: list[int], models: list[Furniture], texts: torch.Tensor, images: torch.Tensor) -> Side:
-    return Side(texts[rows], images[rows], [models[i].name for i in rows], [models[i].label for i in rows])
+def _teachers_of(rows: list[int], models: list[Furniture], texts: torch.Tensor, images: torch.Tensor) -> Teachers:
+    return Teachers(texts[rows], images[rows], [models[i].name for i in rows], [models[i].label for i in rows])
 
 
 def ensure_encoder(name: str) -> None:
@@ -144,7 +144,7 @@ def embed_texts(texts: list[str], batch_size: int = 64) -> torch.Tensor:
 def _teachers(
     folder: Path, models: list[Furniture], clouds: list[PointCloud], config: PretrainConfig, cache: Path
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features of the classes [classes, 384], texts [models, 4, 384] and pictures [models, 3, C], kept in `cache`.
+    """Features of the classes [classes, 384], texts [models, 4, 384] and images [models, 3, C], kept in `cache`.
 
     Models that are held out are not rendered: of them the icon alone is compared with.
     """
@@ -157,7 +157,7 @@ def _teachers(
         tower, images = load_tower(config.tower), []
         known = {model.id for model in furniture.split(models)["train"]}
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            for model, cloud in track(list(zip(models, clouds, strict=True)), "pictures"):
+            for model, cloud in track(list(zip(models, clouds, strict=True)), "images"):
                 views = [furniture.icon(folder, model)]
                 if model.id in known:
                     views += [render(cloud, tower.size, *view) for view in VIEWS]
@@ -178,7 +178,7 @@ def descriptions(model: Furniture, cloud: PointCloud) -> tuple[str, ...]:
 
 
 def _fit(
-    both: nn.ModuleList, clouds: list[PointCloud], side: Side, names: torch.Tensor, config: PretrainConfig
+    both: nn.ModuleList, clouds: list[PointCloud], split: Teachers, names: torch.Tensor, config: PretrainConfig
 ) -> list[float]:
     """Train encoder and heads; in the end they hold the mean of their weights over the last steps."""
     rng = np.random.default_rng(config.seed)
@@ -186,14 +186,14 @@ def _fit(
     assert isinstance(model, PointBert) and isinstance(heads, Heads)
     optimizer = torch.optim.AdamW(both.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
-    odds, losses = _odds(side.labels, config.labelled), []
+    odds, losses = _odds(split.labels, config.labelled), []
     both.train()
     for step in track(range(config.steps), "point encoder"):
         rows = rng.choice(len(clouds), config.batch_size, replace=False, p=odds)
         points = prepare([augment(clouds[row], rng) for row in rows], model.config, rng)
         with torch.autocast("cpu", torch.bfloat16):
             features = model(points)
-        loss = _loss(heads, features.float(), side, rows, names, rng, config.smoothing)
+        loss = _loss(heads, features.float(), split, rows, names, rng, config.smoothing)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -211,21 +211,21 @@ def _fit(
 def _loss(
     heads: Heads,
     features: torch.Tensor,
-    side: Side,
+    split: Teachers,
     rows: np.ndarray,
     names: torch.Tensor,
     rng: np.random.Generator,
     smoothing: float,
 ) -> torch.Tensor:
-    """Of one batch, its models being `rows` of the side; one text and one picture of each are drawn."""
+    """Loss of one batch of the models `rows`; one text and one image of each are drawn."""
     text, image = heads(features)
     scales, batch = heads.scales.exp().clamp(max=100), np.arange(len(rows))
-    said = side.text[rows][batch, rng.integers(0, side.text.shape[1], len(rows))]
-    seen = side.image[rows][batch, rng.integers(0, side.image.shape[1], len(rows))]
-    named = np.array(side.names)[rows]
+    said = split.text[rows][batch, rng.integers(0, split.text.shape[1], len(rows))]
+    seen = split.image[rows][batch, rng.integers(0, split.image.shape[1], len(rows))]
+    named = np.array(split.names)[rows]
     loss = contrast(text, said, scales[0], said @ said.T > SAME)
     loss = loss + contrast(image, seen, scales[1], torch.from_numpy(named[:, None] == named))
-    classes = torch.tensor([_class(side.labels[row]) for row in rows])
+    classes = torch.tensor([_class(split.labels[row]) for row in rows])
     logits = scales[2] * text @ names.T
     return loss + nn.functional.cross_entropy(logits, classes, ignore_index=-1, label_smoothing=smoothing)
 
@@ -282,16 +282,16 @@ def augment(cloud: PointCloud, rng: np.random.Generator) -> PointCloud:
 
 
 @torch.inference_mode()
-def _scores(heads: Heads, features: torch.Tensor, side: Side, names: torch.Tensor) -> dict[str, Any]:
+def _scores(heads: Heads, features: torch.Tensor, split: Teachers, names: torch.Tensor) -> dict[str, Any]:
     """Zero-shot classification by the names of the classes; retrieval of the model's own text and icon among all."""
     text, image = heads(features)
-    labelled = [row for row, label in enumerate(side.labels) if label]
-    truth = torch.tensor([_class(side.labels[row]) for row in labelled])
+    labelled = [row for row, label in enumerate(split.labels) if label]
+    truth = torch.tensor([_class(split.labels[row]) for row in labelled])
     guess = (text[labelled] @ names.T).argmax(1)
     result: dict[str, Any] = {"models": len(features), "labelled": len(labelled)}
     result["zero_shot_acc"] = (guess == truth).float().mean().item()
     result["zero_shot_chance"] = 1 / len(CLASSES)
-    for name, queries, gallery in (("text", text, side.text[:, 0]), ("image", image, side.image[:, 0])):
+    for name, queries, gallery in (("text", text, split.text[:, 0]), ("image", image, split.image[:, 0])):
         similarity = queries @ gallery.T
         own = similarity.diagonal()[:, None]
         rank = (similarity > own).sum(1)  # models of the same text are never ahead of each other

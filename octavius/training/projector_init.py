@@ -4,14 +4,14 @@ Ridge regression gives the projection W and the positions p together, from rows 
 
     W, p = argmin Σ w ‖x W + e p − t‖² + λ ‖(W, p)‖²        x: C channels, e: which of the P tokens it is
 
-Words. A classification or description is one row: the mean of its picture's tokens, and the mean embedding of its
+Words. A classification or description is one row: the mean of its image's tokens, and the mean embedding of its
 answer's tokens, each weighted by how rare it is (inverse document frequency). A detection is P rows: the embedding of
 the label where the token's centre is in a box, 0 elsewhere. Places. Every token inside a box is a row, its target the
-box's sides along four fixed directions. The sum of both is the start: the LLM meets picture tokens that already speak
+box's sides along four fixed directions. The sum of both is the start: the LLM meets image tokens that already speak
 of what it will be asked for, and learns to read them instead of what they look like.
 
-Scenes (`align_scenes`) have no grid of tokens: there the first cross-attention is set so that every query looks at
-about one object, and the regression goes from the resampler's output to the words said of the object that the query
+Scenes (`init_scene_projector`) have no grid of tokens: there the first cross-attention is set so that every query
+looks at about one object, and the regression goes from the resampler's output to the words said of the object that the query
 looks at, and to its box.
 """
 
@@ -34,10 +34,10 @@ from octavius.vision.projector import Projector
 
 RIDGE = 300.0  # λ
 PLACE = 5.0  # size of e: a token's position costs 1 / PLACE² of what a channel costs
-PICTURE_WEIGHT = 100.0  # w of a row that stands for a whole picture; a single token's is 1
-SIDES = 0.5  # length of the directions that say places, in lengths of a text embedding
-TOUCH = 0.01  # of the picture: an object that reaches less far into a token's cell is not in it
-LOUDNESS = 6.0  # standard deviation of the LLM's picture tokens, in that of its text embeddings
+IMAGE_WEIGHT = 100.0  # w of a row that stands for a whole image; a single token's is 1
+PLACE_NORM = 0.5  # length of the directions that say places, in lengths of a text embedding
+TOUCH = 0.01  # of the image: an object that reaches less far into a token's cell is not in it
+LOUDNESS = 6.0  # standard deviation of the LLM's image tokens, in that of its text embeddings
 KEPT = 0.5  # share of the random start that stays, so that all else that the tower sees comes through too
 KEPT_OF_SCENES = 2.0  # the same of scenes, whose colours else drown in names and places
 RECORDS = 3000  # of each kind, at most
@@ -50,7 +50,7 @@ Rows = Iterator[tuple[Tensor, Tensor, Tensor | float]]  # (x, e) [n, C + P], t [
 
 
 @torch.no_grad()
-def align(
+def init_projector(
     projector: Projector,
     records: list[Record],
     store: FeatureStore,
@@ -62,7 +62,7 @@ def align(
     Args:
         projector: calibrated.
         records: of training.
-        store: the features of their pictures.
+        store: the features of their images.
         tokens: text → ids.
         table: [V, D] the LLM's text embeddings.
 
@@ -70,7 +70,7 @@ def align(
         ValueError: the projector is not linear.
     """
     if len(projector.net) != 1:
-        raise ValueError("align needs projector: linear, only that has a closed form; set train.align: false")
+        raise ValueError("train.projector_init needs model.projector: linear, which alone has a closed form")
     told = [record for record in records if record.task_type in ("classification", "description")][:RECORDS]
     found = [record for record in records if record.task_type == "detection" and record.truth.get("object")][:RECORDS]
     table = table.float()
@@ -116,12 +116,12 @@ class _Sight:
 
 
 def _answers(records: list[Record], see: _Sight, tokens: Tokens, table: Tensor) -> Rows:
-    """One row a picture: what is said of it."""
+    """One row an image: what is said of it."""
     if not records:
         return
     targets = _meanings([tokens(f" {record.turns[0][1]}") for record in records], table)
     for start in range(0, len(records), CHUNK):
-        yield see(records[start : start + CHUNK]).mean(1), targets[start : start + CHUNK], PICTURE_WEIGHT
+        yield see(records[start : start + CHUNK]).mean(1), targets[start : start + CHUNK], IMAGE_WEIGHT
 
 
 def _meanings(answers: list[list[int]], table: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def _decimals(values: Tensor) -> Tensor:
 
 
 def _directions(count: int, D: int) -> Tensor:  # [count, D]
-    return SIDES * normalize(torch.randn(count, D, generator=torch.Generator().manual_seed(0)))
+    return PLACE_NORM * normalize(torch.randn(count, D, generator=torch.Generator().manual_seed(0)))
 
 
 def _objects(records: list[Record], see: _Sight) -> Iterator[tuple[list[Record], Tensor, Tensor, Tensor, Tensor]]:
@@ -194,7 +194,7 @@ def _area(box: list[float]) -> float:
 
 
 @torch.no_grad()
-def align_scenes(
+def init_scene_projector(
     scene: SceneProjector,
     records: list[Record],
     store: ObjectStore,

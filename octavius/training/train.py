@@ -16,12 +16,12 @@ from octavius.data.loading import Stores, load_data, loops
 from octavius.data.records import Record
 from octavius.model.octavius import Octavius
 from octavius.training.point_encoder import ensure_encoder
-from octavius.training.projector_init import align, align_scenes
+from octavius.training.projector_init import init_projector, init_scene_projector
 from octavius.training.trainer import OctaviusTrainer, training_arguments
 
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 DONE = "train.json"  # what a finished run leaves
-CALIBRATION = 256  # pictures that the projector's statistics come from
+CALIBRATION = 256  # images that the projector's statistics come from
 
 
 def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any]]:
@@ -52,16 +52,16 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     data = InstructionData(looped, model.conversation, *tokens)
     last = resume and any(output.glob("checkpoint-*"))
     if not last:
-        start(model, records, stores, config.train.align)
+        init_projectors(model, records, stores, config.train.projector_init)
     if config.train.compile:
         compile_layers(model.llm)
     trainer = OctaviusTrainer(
         model=model,
         args=training_arguments(config),
         train_dataset=data,
-        data_collator=Collator(model.conversation.eos, stores.pictures, objects=stores.scenes),
+        data_collator=Collator(model.conversation.eos, stores.images, objects=stores.scenes),
     )
-    trainer.aligned = config.train.align
+    trainer.closed_form = config.train.projector_init
     detections = [index for index, record in enumerate(looped) if record.task_type == "detection"]
     random.Random(config.train.seed).shuffle(detections)
     trainer.first = detections[: config.data.detection_first * config.train.batch_size]
@@ -78,17 +78,17 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     return model, report
 
 
-def start(model: Octavius, records: list[Record], stores: Stores, aligned: bool) -> None:
-    """Set the projectors before training: statistics of what they read, and with `aligned` the closed form."""
+def init_projectors(model: Octavius, records: list[Record], stores: Stores, closed_form: bool) -> None:
+    """Set the projectors before training: statistics of what they read, and with `closed_form` the closed form."""
     words = model.conversation.tokens, model.llm.get_input_embeddings().weight
-    pictured = [record for record in records if record.image]
-    if stores.pictures and pictured:
-        some = pictured[:: max(1, len(pictured) // CALIBRATION)]
-        model.projector.calibrate(stores.pictures([record.image for record in some if record.image]))
-        if aligned:
-            align(model.projector, pictured, stores.pictures, *words)
-    if stores.scenes and aligned:
-        align_scenes(model.scene, records, stores.scenes, *words)
+    with_images = [record for record in records if record.image]
+    if stores.images and with_images:
+        some = with_images[:: max(1, len(with_images) // CALIBRATION)]
+        model.projector.calibrate(stores.images([record.image for record in some if record.image]))
+        if closed_form:
+            init_projector(model.projector, with_images, stores.images, *words)
+    if stores.scenes and closed_form:
+        init_scene_projector(model.scene, records, stores.scenes, *words)
 
 
 def compile_layers(llm: Any) -> None:

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from octavius.config import Config
 from octavius.data.batches import BucketSampler
 
-ALIGNED_RATE = 0.1  # of the learning rate, for projectors that start in closed form, so that they keep it
+INIT_RATE = 0.1  # of the learning rate, for projectors that start in closed form, so that they keep it
 
 
 def training_arguments(config: Config) -> TrainingArguments:
@@ -41,7 +41,7 @@ def training_arguments(config: Config) -> TrainingArguments:
 class OctaviusTrainer(Trainer):
     """Trainer that saves and loads what trains, not the frozen LLM, and counts the tokens that it trains on.
 
-    With `aligned` the projectors have parameter groups of their own, at ALIGNED_RATE of the learning rate; `first` are
+    With `closed_form` the projectors have parameter groups of their own, at INIT_RATE of the learning rate; `first` are
     the samples that training begins with, of one task, which balancing would spread over all experts: it comes after.
     It logs the answers' loss and the balancing apart, so that runs with different balancing can be compared.
     """
@@ -49,20 +49,20 @@ class OctaviusTrainer(Trainer):
     tokens = 0
     balancing: float | torch.Tensor = 0.0  # since the last log
     logged: int | None = None  # the step of it
-    aligned = False
+    closed_form = False
     first: Sequence[int] = ()
 
     def create_optimizer(self, model=None):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        names = ("projector.", "scene.") if self.aligned else ()
+        names = ("projector.", "scene.") if self.closed_form else ()
         slow = {id(p) for name, p in self.model.named_parameters() if name.startswith(names)}  # type: ignore[union-attr]
         for group in list(optimizer.param_groups):
             some = [p for p in group["params"] if id(p) in slow]
             if some:
                 group["params"] = [p for p in group["params"] if id(p) not in slow]
-                optimizer.add_param_group({**group, "params": some, "lr": ALIGNED_RATE * group["lr"]})
+                optimizer.add_param_group({**group, "params": some, "lr": INIT_RATE * group["lr"]})
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):

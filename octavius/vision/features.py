@@ -11,12 +11,12 @@ from rich.progress import track
 
 from octavius.vision.towers import ImageTower
 
-CHUNK = 32  # pictures that go through a tower at once, at most
+CHUNK = 32  # images that go through a tower at once, at most
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
 class FeatureStore:
-    """The tower's output per picture, computed once and kept in a memory-mapped float16 file, or computed on demand.
+    """The tower's output per image, computed once and kept in a memory-mapped float16 file, or computed on demand.
 
     Args:
         tower: the encoder.
@@ -28,12 +28,12 @@ class FeatureStore:
         self.rows: dict[Path, tuple[np.ndarray, int]] = {}
 
     def prepare(self, paths: list[Path], batch_size: int = 4) -> dict[Path, str]:
-        """Read every picture once; with a folder, compute and keep its features.
+        """Read every image once; with a folder, compute and keep its features.
 
-        Small batches, since a tower's activations of four pictures still fit a processor's cache.
+        Small batches, since a tower's activations of four images still fit a processor's cache.
 
         Returns:
-            the unreadable pictures, each with the reason.
+            the unreadable images, each with the reason.
         """
         paths = sorted(set(paths))
         if self.folder is None:
@@ -69,7 +69,7 @@ class FeatureStore:
         return bad
 
     def __call__(self, paths: list[Path]) -> torch.Tensor:
-        """Features of the pictures, [N, P, C] float16."""
+        """Features of the images, [N, P, C] float16."""
         known = [self.rows.get(path) for path in paths]
         if all(entry is not None for entry in known):
             return torch.from_numpy(np.stack([entry[0][entry[1]] for entry in known if entry]))

@@ -28,7 +28,7 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features: torch.Tensor) -> None:
-        """Take every channel's mean and standard deviation from features [n, P, C] of the training pictures.
+        """Take every channel's mean and standard deviation from features [n, P, C] of the training images.
 
         Channels of a tower differ in scale by orders of magnitude; standardised, they learn at one rate. Values are cut
         at 5 standard deviations, since channels that are almost always 0 would reach hundreds.

@@ -1,4 +1,4 @@
-"""Image towers: a picture → P tokens of width C, frozen, in float32.
+"""Image towers: an image → P tokens of width C, frozen, in float32.
 
 CLIP ViT-L/14 (the paper's) and other Hugging Face ViTs by name or folder; EfficientNet-Lite0 and a ViT-S/14 from
 `octavius assets`.
@@ -24,7 +24,7 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 
 
 class ImageTower(nn.Module):
-    """What all towers share: `tokens` P, `width` C, `size` of the square picture in pixels, and the normalisation."""
+    """What all towers share: `tokens` P, `width` C, `size` of the square image in pixels, and the normalisation."""
 
     tokens: int
     width: int
@@ -32,7 +32,7 @@ class ImageTower(nn.Module):
     mean_std = IMAGENET
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """A picture as [3, size, size], squashed to the square, so that fractions of its sides stay fractions."""
+        """An image as [3, size, size], squashed to the square, so that fractions of its sides stay fractions."""
         image = image.convert("RGBA") if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA") else image
         if image.mode == "RGBA":  # what is transparent shows white
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -103,10 +103,10 @@ MISTAKES = {
     "llm": (["train", "--config", "{file}", "--set", "model.llm=/no/such/llm"], "/no/such/llm"),
     "tower": (["train", "--config", "{file}", "--set", "model.tower={llm}"], "tower must be EfficientNet-Lite0 or a"),
     "output": (["train", "--config", "{file}", "--set", "train.output={file}/x"], "run.yaml"),
-    "question": (["chat", "--model", "{out}", "--image", "{picture}", " "], "question must be a text"),
-    "image": (["chat", "--model", "{out}", "--image", "none.png", "Who?"], "readable picture, got none.png"),
-    "no-image": (["chat", "--model", "{out}", "--image", "{file}", "Who?"], "readable picture, got"),
-    "model": (["chat", "--model", "{llm}", "--image", "{picture}", "Who?"], "must be a folder that training wrote"),
+    "question": (["chat", "--model", "{out}", "--image", "{image}", " "], "question must be a text"),
+    "image": (["chat", "--model", "{out}", "--image", "none.png", "Who?"], "readable image, got none.png"),
+    "no-image": (["chat", "--model", "{out}", "--image", "{file}", "Who?"], "readable image, got"),
+    "model": (["chat", "--model", "{llm}", "--image", "{image}", "Who?"], "must be a folder that training wrote"),
     "asset": (["assets", "nosuch"], "asset must be one of"),
 }
 
@@ -114,7 +114,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_ends_in_one_line(run, parts, monkeypatch, capsys, name):
     arguments, message = MISTAKES[name]
-    places = {"file": run[0], "out": run[1], "llm": parts.llm, "picture": parts.data.parent / "0.png"}
+    places = {"file": run[0], "out": run[1], "llm": parts.llm, "image": parts.data.parent / "0.png"}
     monkeypatch.setattr(sys, "argv", ["octavius", *(text.format(**places) for text in arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -133,4 +133,4 @@ def test_settings_of_the_file_reach_the_data(run, parts):
     model = tiny.make(parts)
     config = Config(data=tiny.data_config(parts))
     records, store = load_data(config.data, "train.json", **model.readers())
-    assert len(records) == 7 and store.pictures.folder is None
+    assert len(records) == 7 and store.images.folder is None

@@ -35,14 +35,14 @@ def test_file_reaches_every_section(tmp_path):
     text = (
         "model: {tower_layer: -1, attn_implementation: sdpa, gate: {mode: dense, load_balancing: 1},\n"
         "        lora: {rank: 7, target_modules: all-linear}}\n"
-        "data: {images: pictures, max_tokens: 31}\n"
+        "data: {images: images, max_tokens: 31}\n"
         "train: {learning_rate: 5e-4, weight_decay: 1e-3, epochs: 3, steps: 11}\n"
     )
     config = load_config(str(write(tmp_path, text)))
     assert config.model.gate == GateConfig(mode="dense", load_balancing=1.0)
     assert config.model.lora == MoELoRAConfig(rank=7, target_modules="all-linear")
     assert (config.model.tower_layer, config.model.attn_implementation) == (-1, "sdpa")
-    assert (config.data.images, config.data.max_tokens) == ("pictures", 31)
+    assert (config.data.images, config.data.max_tokens) == ("images", 31)
     assert config.train.learning_rate == 5e-4 and config.train.weight_decay == 1e-3  # strings to YAML
     assert isinstance(config.train.epochs, float) and config.train.steps == 11
 

@@ -15,7 +15,7 @@ from octavius.points.object_store import ObjectStore
 from tests.support import clouds, tiny
 
 
-def test_pictures_stay_in_their_folder_whatever_the_ids(parts, tmp_path):
+def test_images_stay_in_their_folder_whatever_the_ids(parts, tmp_path):
     root = clouds.save_clouds(tmp_path / "data")
     model = clouds.make(parts, root)
     records = [replace(record, id=f"../../{record.id}/x") for record in read_records(root / "train.json")]

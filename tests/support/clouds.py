@@ -1,4 +1,4 @@
-"""Small real clouds, an untrained point encoder of few channels, and a model that reads pictures and clouds."""
+"""Small real clouds, an untrained point encoder of few channels, and a model that reads images and clouds."""
 
 import json
 from pathlib import Path
@@ -62,12 +62,12 @@ def blind(parts: tiny.Parts, config: CloudConfig, **changes) -> Octavius:
 
 
 def stores(model: Octavius) -> Stores:
-    pictures = FeatureStore(model.tower[0]) if model.tower[0] else None
-    return Stores(pictures, ObjectStore(model.encoder[0]))
+    images = FeatureStore(model.tower[0]) if model.tower[0] else None
+    return Stores(images, ObjectStore(model.encoder[0]))
 
 
 def records(parts: tiny.Parts, clouds: Path) -> list[Record]:
-    """Pictures and clouds in turn."""
+    """Images and clouds in turn."""
     pairs = zip(tiny.records(parts), read_records(clouds / "train.json"), strict=False)
     return [record for pair in pairs for record in pair]
 
@@ -75,7 +75,7 @@ def records(parts: tiny.Parts, clouds: Path) -> list[Record]:
 def batch(model: Octavius, chosen: list[Record], answer: bool = True) -> dict[str, torch.Tensor]:
     held = stores(model)
     data = InstructionData(chosen, model.conversation, model.image_tokens, 0, answer, model.cloud_tokens)
-    collate = Collator(model.conversation.eos, held.pictures, not answer, held.scenes)
+    collate = Collator(model.conversation.eos, held.images, not answer, held.scenes)
     made = collate([data[index] for index in range(len(data))])
     if not answer:
         made.pop("labels")

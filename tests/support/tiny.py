@@ -1,4 +1,4 @@
-"""Small real parts: a trained tokenizer, a random Llama, a random CLIP tower, drawn pictures, LAMM-format records."""
+"""Small real parts: a trained tokenizer, a random Llama, a random CLIP tower, drawn images, LAMM-format records."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ LORA = MoELoRAConfig(num_experts=4, top_k=2, rank=3, alpha=6, dropout=0.0)
 TEXTS = (
     "### Human: What colour is the square?\n### Assistant: red",
     "### Human: List every object with its box.\n### Assistant: A circle at [0.12, 0.34, 0.56, 0.78].",
-    "Answer the question about the picture. Describe it, please. Which of these is it? (A) one (B) two",
+    "Answer the question about the image. Describe it, please. Which of these is it? (A) one (B) two",
 )
 
 
@@ -93,7 +93,7 @@ def save_tower(folder: Path, patch: int = 14) -> None:
 
 
 def draw(path: Path, index: int) -> None:
-    """A square of its own colour and place, on an odd-sized picture."""
+    """A square of its own colour and place, on an odd-sized image."""
     image = Image.new("RGB", (37 + index, 29), "white")
     corner = 3 + 4 * index
     ImageDraw.Draw(image).rectangle((corner, 2 + index, corner + 11, 14 + index), COLOURS[index])

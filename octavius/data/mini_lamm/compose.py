@@ -1,4 +1,4 @@
-"""Pictures from cut-outs: a procedural background, objects pasted with exact boxes.
+"""Images from cut-outs: a procedural background, objects pasted with exact boxes.
 
 The box of an object is the bounding box of its scaled, rotated mask (alpha ≥ 128), so it is exact by construction.
 """
@@ -11,15 +11,15 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 SIZE = 224  # pixels, both sides
-MIN_SHORT = 0.17  # of the picture: a thinner box makes IoU 0.5 a matter of pixels
+MIN_SHORT = 0.17  # of the image: a thinner box makes IoU 0.5 a matter of pixels
 MAX_OVERLAP = 0.03  # of the smaller of two boxes
-# (smallest, largest) long side of a box by number of objects, as a share of the picture
-SIDES = {1: (0.40, 0.62), 2: (0.34, 0.52), 3: (0.30, 0.44), 4: (0.27, 0.40)}
+# (smallest, largest) long side of a box by number of objects, as a share of the image
+LONG_SIDE = {1: (0.40, 0.62), 2: (0.34, 0.52), 3: (0.30, 0.44), 4: (0.27, 0.40)}
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A finished picture and, in the order of the cut-outs given, its boxes (x1, y1, x2, y2) in 0..1."""
+class Composition:
+    """A finished image and, in the order of the cut-outs given, its boxes (x1, y1, x2, y2) in 0..1."""
 
     image: Image.Image
     boxes: list[tuple[float, float, float, float]]
@@ -30,17 +30,17 @@ def compose(
     objects: list[np.ndarray],
     flip: list[bool] | None = None,
     sides: tuple[float, float] | None = None,
-) -> Scene:
+) -> Composition:
     """Paste objects at random places, sizes and angles.
 
     Args:
         rng: the only source of chance.
         objects: RGBA arrays [H, W, 4], one to four.
         flip: per object, whether it may be mirrored (not signs: their text would be).
-        sides: range of the long side as a share of the picture; by number of objects when None.
+        sides: range of the long side as a share of the image; by number of objects when None.
     """
     flip = flip or [True] * len(objects)
-    low, high = sides or SIDES[len(objects)]
+    low, high = sides or LONG_SIDE[len(objects)]
     canvas = background(rng)
     for _ in range(100):
         placed = _place(rng, objects, flip, (low, high))
@@ -55,7 +55,7 @@ def compose(
         width, height = image.size
         box = (x / SIZE, y / SIZE, (x + width) / SIZE, (y + height) / SIZE)
         boxes.append(tuple(round(v, 4) for v in box))
-    return Scene(canvas, boxes)
+    return Composition(canvas, boxes)
 
 
 def _place(
@@ -120,7 +120,7 @@ def _corners(image: Image.Image, x: int, y: int) -> tuple[int, int, int, int]:
 
 
 def background(rng: np.random.Generator) -> Image.Image:
-    """A square RGB picture without objects: plain, gradient, noise at several scales, stripes or checkers."""
+    """A square RGB image without objects: plain, gradient, noise at several scales, stripes or checkers."""
     first, second = _color(rng), _color(rng)
     ramp = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE - 0.5
     angle = rng.uniform(0, 2 * np.pi)

@@ -1,7 +1,7 @@
-"""Captioned cut-out photographs of the `stamps` asset: which of them are used, under what category, on which side.
+"""Captioned cut-out photographs of the `stamps` asset: which of them are used, under what category, in which split.
 
 The folders of the package are not classes, so CATEGORIES picks, merges and leaves out by hand, after looking at every
-picture. Photographs only, with three exceptions where the package has too few: buildings are rendered miniatures,
+image. Photographs only, with three exceptions where the package has too few: buildings are rendered miniatures,
 a few insects and vehicles are drawings. Left out: bare outlines, silhouettes, overlays, things a short name would
 call wrong (dolphins as mammals that look like fish, lobsters in the fish folder), shapes thinner than 1:3.4.
 """
@@ -46,7 +46,7 @@ CATEGORIES: dict[str, tuple[str, str]] = {
     ),
     "building": ("town/houses/cartoon/*", "cave_entrance circus city medieval_tent tent tepee"),
 }
-# Whole categories that no training picture shows.
+# Whole categories that no training image shows.
 UNSEEN: dict[str, tuple[str, str]] = {
     "ball": ("sports/* sports/cartoon/volley*", "rugby_goal_posts tennis_racket trophy_cup"),
     "tree": ("plants/trees/* seasonal/christmas/Christmas_Tree_photo*", "holly_leaves pinecone rambutan"),
@@ -108,7 +108,7 @@ CAPTIONS = {
     "xing_school": "A school crossing sign.",
 }
 
-MAX_SIDE = 200  # pixels kept of a cut-out's long side: no picture shows it larger
+MAX_SIDE = 200  # pixels kept of a cut-out's long side: no image shows it larger
 MAX_ASPECT = 3.4
 NEAR = 6  # of 64 bits of the perceptual hash
 
@@ -222,7 +222,7 @@ def split_cutouts(cutouts: list[Cutout], seed: int, share: float = 0.3) -> tuple
     Args:
         cutouts: of `load`.
         seed: of the random order in which groups are dealt.
-        share: of a category's photographs that go to the test side, at least two where it has four.
+        share: of a category's photographs that go to the test split, at least two where it has four.
     """
     train: list[Cutout] = []
     test: list[Cutout] = []

@@ -33,7 +33,7 @@ HAIR_COLORS = {
 SMILES = ("smile", "twinkle", "big_smile", "default")
 NO_SMILES = ("serious", "sad", "concerned", "disbelief")  # grimace and tongue can be read either way
 
-# Styles whose colour is the chosen one and covers enough of the picture (looked at one by one).
+# Styles whose colour is the chosen one and covers enough of the image (looked at one by one).
 # fmt: off
 HAIR_TRAIN = (
     "bob", "big_hair", "bun", "curly", "curvy", "dreads", "fro", "long_not_too_long", "shaggy", "short_curly",
@@ -96,11 +96,11 @@ def render(face: Face, parts: Path, height: int = 240) -> Image.Image:
     Args:
         face: what to draw.
         parts: folder of the SVG parts (`avatar_parts` of the `faces` asset).
-        height: of the picture in pixels; the width follows (264:280).
+        height: of the image in pixels; the width follows (264:280).
     Returns:
-        RGBA picture.
+        RGBA image.
     """
-    import resvg_py  # a self-contained wheel; imported here since only pictures of faces need it
+    import resvg_py  # a self-contained wheel; imported here since only images of faces need it
 
     svg = ElementTree.tostring(assemble(face, parts), encoding="unicode")
     data = resvg_py.svg_to_bytes(svg_string=svg, height=height, skip_system_fonts=True)

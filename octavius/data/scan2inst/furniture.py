@@ -100,20 +100,20 @@ def split(models: list[Furniture]) -> dict[str, list[Furniture]]:
 
     Models of one name and size are taken as one, so that no twin of a test model is trained on.
     """
-    sides: dict[str, list[Furniture]] = {"train": [], "test": [], "zeroshot": []}
+    splits: dict[str, list[Furniture]] = {"train": [], "test": [], "zeroshot": []}
     number: dict[str, int] = defaultdict(int)
     twins: dict[tuple, str] = {}
     for model in models:
         if model.catalogue == UNSEEN:
-            sides["zeroshot"].append(model)
+            splits["zeroshot"].append(model)
             continue
         twin = (model.name, *(round(length, 2) for length in model.size))
         if twin not in twins:
             group = model.label or "other"
             number[group] += 1
             twins[twin] = "test" if number[group] % TEST_SHARE == 0 else "train"
-        sides[twins[twin]].append(model)
-    return sides
+        splits[twins[twin]].append(model)
+    return splits
 
 
 def load_points(folder: Path, models: list[Furniture], cache: Path) -> list[PointCloud]:
@@ -152,7 +152,7 @@ def sample(folder: Path, model: Furniture, count: int = POINTS) -> PointCloud:
 
 
 def icon(folder: Path, model: Furniture) -> Image.Image:
-    """The catalogue's picture of the model."""
+    """The catalogue's image of the model."""
     with zipfile.ZipFile(folder / f"{model.catalogue}.sh3f") as archive:
         return Image.open(io.BytesIO(archive.read(model.icon))).copy()
 

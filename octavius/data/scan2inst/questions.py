@@ -108,7 +108,12 @@ SUPPORT = {  # further phrasings, true only where the two touch
     "beneath": ("What does the {0} stand on?", "On top of what is the {0}?"),
 }
 TOUCHING = 0.05  # metres between two boxes of which one stands on the other
-SIDES = {"left": "On the left side.", "right": "On the right side.", "over": "It is over it.", "beneath": "Beneath it."}
+DIRECTIONS = {
+    "left": "On the left side.",
+    "right": "On the right side.",
+    "over": "It is over it.",
+    "beneath": "Beneath it.",
+}
 NUMBERS = ("1", "2", "3", "4", "5", "6")
 PLURALS = {"bookcase": "bookcases", "person": "people", "bench": "benches", "box": "boxes", "shelf": "shelves"}
 
@@ -228,7 +233,9 @@ def candidates(scene: Scene, names: Sequence[str]) -> list[Asked]:
         for other in single:
             side = relation(anchor.box, other.box) if other.id != anchor.id else None
             if side:
-                found.append(Asked("side", (anchor.name, other.name), SIDES[side], side, tuple(SIDES), anchor.id))
+                found.append(
+                    Asked("side", (anchor.name, other.name), DIRECTIONS[side], side, tuple(DIRECTIONS), anchor.id)
+                )
             if other.id != anchor.id and volume(anchor.box) > 2 * volume(other.box):
                 pair, text = (anchor.name, other.name), f"The {anchor.name} is larger."
                 found.append(Asked("size", pair, text, anchor.name, pair, anchor.id))
@@ -252,7 +259,7 @@ def describe(item: SceneObject) -> str:
 
 
 def plural(name: str) -> str:
-    """Of an object's name."""
+    """Plural of an object's name."""
     return PLURALS.get(name, name if name.endswith("s") else f"{name}s")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-Box = tuple[float, float, float, float, float, float]  # xmin, ymin, zmin, xmax, ymax, zmax
+Box3D = tuple[float, float, float, float, float, float]  # xmin, ymin, zmin, xmax, ymax, zmax
 
 OPPOSITE = {"left": "right", "right": "left", "over": "beneath", "beneath": "over"}
 NEAR = 0.4  # metres between two boxes that are next to each other
@@ -25,7 +25,7 @@ class SceneObject:
 
     id: int
     name: str
-    box: Box
+    box: Box3D
     colour: str = ""
     captions: tuple[str, ...] = ()
 
@@ -40,12 +40,12 @@ class Scene:
 
     id: str
     cloud: str
-    room: Box
+    room: Box3D
     objects: list[SceneObject]
     questions: list[tuple[str, list[str]]] = field(default_factory=list)
 
 
-def relation(a: Box, b: Box) -> str | None:
+def relation(a: Box3D, b: Box3D) -> str | None:
     """Where `a` is seen from `b`: left, right, over, beneath; None where none of them is plain."""
     shared = [min(a[3 + i], b[3 + i]) - max(a[i], b[i]) for i in range(3)]  # negative: the gap
     if shared[0] > 0 and shared[1] > 0 and shared[2] < 0.05:  # one stands on, hangs over or lies under the other
@@ -58,7 +58,7 @@ def relation(a: Box, b: Box) -> str | None:
     return "left" if dx < 0 else "right"
 
 
-def gap(a: Box, b: Box) -> float:
+def gap(a: Box3D, b: Box3D) -> float:
     """Metres between two boxes, 0 if they touch."""
     return math.sqrt(sum(max(0.0, a[i] - b[3 + i], b[i] - a[3 + i]) ** 2 for i in range(3)))
 
@@ -82,7 +82,7 @@ def related(objects: Sequence[SceneObject], kind: str, anchor: SceneObject) -> l
     return found
 
 
-def in_corner(box: Box, room: Box) -> bool:
+def in_corner(box: Box3D, room: Box3D) -> bool:
     """Within CORNER of two walls that meet."""
     x = min(box[0] - room[0], room[3] - box[3])
     y = min(box[1] - room[1], room[4] - box[4])
@@ -95,7 +95,7 @@ def once(objects: Sequence[SceneObject]) -> list[SceneObject]:
     return [item for item in objects if names.count(item.name) == 1]
 
 
-def volume(box: Box) -> float:
+def volume(box: Box3D) -> float:
     return float(np.prod([box[3 + i] - box[i] for i in range(3)]))
 
 

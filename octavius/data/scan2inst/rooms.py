@@ -20,12 +20,12 @@ from octavius.assets import registry
 from octavius.data.scan2inst import furniture
 from octavius.data.scan2inst.furniture import CLASSES, Furniture
 from octavius.data.scan2inst.questions import Builder, describe
-from octavius.data.scan2inst.relations import Box, Scene, SceneObject, colour_name
+from octavius.data.scan2inst.relations import Box3D, Scene, SceneObject, colour_name
 from octavius.points.cloud import PointCloud
 
 KIND = "mini-scan2inst"  # what the manifest says that the folder holds
 VERSION = 3  # of the builder: raise it whenever the same settings give other bytes
-SIDES = ("train", "test", "zeroshot")
+SPLITS = ("train", "test", "zeroshot")
 DENSITY, FEWEST, MOST = 180.0, 160, 700  # points of an object: per square metre of its box's surface, and limits
 NOISE = 0.005  # metres
 HEIGHT = 2.6  # of a room
@@ -37,7 +37,7 @@ FEWEST_MODELS = 3  # test models of a class: the score of a class with fewer wou
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RoomCounts:
     """Numbers of rooms per file; each room carries about eight records."""
 
     train: int
@@ -45,7 +45,7 @@ class Sizes:
     zeroshot: int
 
 
-PRESETS = {"smoke": Sizes(40, 12, 6), "demo": Sizes(300, 30, 12), "mini": Sizes(1200, 100, 40)}
+PRESETS = {"smoke": RoomCounts(40, 12, 6), "demo": RoomCounts(300, 30, 12), "mini": RoomCounts(1200, 100, 40)}
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Placed:
     place: tuple[float, float, float]
 
     @property
-    def box(self) -> Box:
+    def box(self) -> Box3D:
         half = [length / 2 for length in turned(self.model.size, self.turns)[:2]]
         x, y, z = self.place
         return (x - half[0], y - half[1], z, x + half[0], y + half[1], z + self.model.size[2])
 
 
-def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0) -> Path:
+def build(folder: str | Path, size: str | RoomCounts = "demo", seed: int = 0) -> Path:
     """Write the data set, or return at once if the folder already holds it with the same settings.
 
     Args:
@@ -76,7 +76,7 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0) -> Path
     folder = Path(folder)
     if isinstance(size, str):
         if size not in PRESETS:
-            raise ValueError(f"size must be one of {', '.join(PRESETS)} or a rooms.Sizes, got {size!r}")
+            raise ValueError(f"size must be one of {', '.join(PRESETS)} or a rooms.RoomCounts, got {size!r}")
         size = PRESETS[size]
     hashes = {"furniture": registry.ASSETS["furniture"].sha256}
     settings = {"kind": KIND, "version": VERSION, "seed": seed, "sizes": asdict(size), "assets": hashes}
@@ -92,12 +92,12 @@ def build(folder: str | Path, size: str | Sizes = "demo", seed: int = 0) -> Path
     draft = folder.with_name(folder.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "clouds").mkdir(parents=True)
-    counts, sides = {}, usable(models)
-    names = [name for name in CLASSES if any(model.label == name for model in sides["test"])]
-    for side, members in sides.items():
-        records = write_side(draft, side, {m: clouds[m] for m in members}, names, getattr(size, side), seed)
-        counts[side] = dict(sorted(Counter(record["benchmark"] for record in records).items()))
-        (draft / f"{side}.json").write_text(json.dumps(records, indent=0) + "\n")
+    counts, splits = {}, usable(models)
+    names = [name for name in CLASSES if any(model.label == name for model in splits["test"])]
+    for split, members in splits.items():
+        records = write_split(draft, split, {m: clouds[m] for m in members}, names, getattr(size, split), seed)
+        counts[split] = dict(sorted(Counter(record["benchmark"] for record in records).items()))
+        (draft / f"{split}.json").write_text(json.dumps(records, indent=0) + "\n")
     (draft / "manifest.json").write_text(json.dumps(settings | {"records": counts}, indent=2) + "\n")
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     if folder.exists():
@@ -116,35 +116,35 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def whole(folder: Path, size: Sizes) -> bool:
+def whole(folder: Path, size: RoomCounts) -> bool:
     """Every file that a data set of this size has is there."""
-    clouds = (folder / "clouds" / f"{name}.npz" for side in SIDES for name in room_names(side, getattr(size, side)))
-    return all(path.is_file() for path in (*(folder / f"{side}.json" for side in SIDES), *clouds))
+    clouds = (folder / "clouds" / f"{name}.npz" for split in SPLITS for name in room_names(split, getattr(size, split)))
+    return all(path.is_file() for path in (*(folder / f"{split}.json" for split in SPLITS), *clouds))
 
 
-def room_names(side: str, number: int) -> list[str]:
-    """Of the rooms of one file."""
-    return [f"{side}_{index:05d}" for index in range(number)]
+def room_names(split: str, number: int) -> list[str]:
+    """Names of the rooms of one split."""
+    return [f"{split}_{index:05d}" for index in range(number)]
 
 
 def usable(models: list[Furniture]) -> dict[str, list[Furniture]]:
     """The models of each file: they go into a room, and at least FEWEST_MODELS of their class are held out."""
-    sides = {
-        side: [m for m in members if m.label and max(m.size) < LARGEST and min(m.size) > THINNEST]
-        for side, members in furniture.split(models).items()
+    splits = {
+        split: [m for m in members if m.label and max(m.size) < LARGEST and min(m.size) > THINNEST]
+        for split, members in furniture.split(models).items()
     }
-    held = Counter(model.label for model in sides["test"])
-    return {side: [m for m in members if held[m.label] >= FEWEST_MODELS] for side, members in sides.items()}
+    held = Counter(model.label for model in splits["test"])
+    return {split: [m for m in members if held[m.label] >= FEWEST_MODELS] for split, members in splits.items()}
 
 
-def write_side(
-    folder: Path, side: str, clouds: dict[Furniture, PointCloud], names: list[str], number: int, seed: int
+def write_split(
+    folder: Path, split: str, clouds: dict[Furniture, PointCloud], names: list[str], number: int, seed: int
 ) -> list[dict[str, Any]]:
     """Compose the rooms of one file and ask about them; `names` are the classes."""
-    builder = Builder(names, seed=seed + SIDES.index(side))
+    builder = Builder(names, seed=seed + SPLITS.index(split))
     records: list[dict[str, Any]] = []
-    for index, name in enumerate(room_names(side, number)):
-        rng = np.random.default_rng([seed, SIDES.index(side), index])
+    for index, name in enumerate(room_names(split, number)):
+        rng = np.random.default_rng([seed, SPLITS.index(split), index])
         room, placed = compose(rng, clouds)
         scene = annotate(name, room, placed)
         cloud = scan(rng, room, placed)
@@ -160,10 +160,10 @@ def write_side(
     return records
 
 
-def compose(rng: np.random.Generator, clouds: dict[Furniture, PointCloud]) -> tuple[Box, list[Placed]]:
+def compose(rng: np.random.Generator, clouds: dict[Furniture, PointCloud]) -> tuple[Box3D, list[Placed]]:
     """A room and four to nine things in it; classes come up equally often, some twice or more."""
     width, depth = rng.uniform(3.4, 5.6), rng.uniform(3.2, 5.0)
-    room: Box = (-width / 2, -depth / 2, 0.0, width / 2, depth / 2, HEIGHT)
+    room: Box3D = (-width / 2, -depth / 2, 0.0, width / 2, depth / 2, HEIGHT)
     by_class: dict[str, list[Furniture]] = defaultdict(list)
     for model in clouds:
         by_class[model.label].append(model)
@@ -185,7 +185,7 @@ def compose(rng: np.random.Generator, clouds: dict[Furniture, PointCloud]) -> tu
 
 
 def _try(
-    rng: np.random.Generator, room: Box, placed: list[Placed], model: Furniture, cloud: PointCloud
+    rng: np.random.Generator, room: Box3D, placed: list[Placed], model: Furniture, cloud: PointCloud
 ) -> Placed | None:
     """One random place for a model: on a table if it is small, at a wall, in a corner, or anywhere."""
     turns = int(rng.integers(4))
@@ -231,17 +231,17 @@ def turned(size: tuple[float, float, float], turns: int) -> tuple[float, float, 
     return (size[1], size[0], size[2]) if turns % 2 else size
 
 
-def fits(box: Box, room: Box) -> bool:
+def fits(box: Box3D, room: Box3D) -> bool:
     """The box is inside the room, but for a millimetre."""
     return all(box[i] >= room[i] - 1e-3 and box[3 + i] <= room[3 + i] + 1e-3 for i in range(3))
 
 
-def collide(a: Box, b: Box) -> bool:
+def collide(a: Box3D, b: Box3D) -> bool:
     """Two boxes share some space."""
     return all(min(a[3 + i], b[3 + i]) - max(a[i], b[i]) > 0 for i in range(3))
 
 
-def annotate(name: str, room: Box, placed: list[Placed]) -> Scene:
+def annotate(name: str, room: Box3D, placed: list[Placed]) -> Scene:
     """The room as what is known of it."""
     objects = []
     for index, item in enumerate(placed):
@@ -258,7 +258,7 @@ def captions(item: SceneObject, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def scan(rng: np.random.Generator, room: Box, placed: list[Placed]) -> PointCloud:
+def scan(rng: np.random.Generator, room: Box3D, placed: list[Placed]) -> PointCloud:
     """Points of all surfaces: the things, the floor, the back wall and the left wall."""
     xyz, rgb = [], []
     for item in placed:

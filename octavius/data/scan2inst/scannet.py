@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import trimesh
 
-from octavius.data.scan2inst.relations import Box, Scene, SceneObject, colour_name
+from octavius.data.scan2inst.relations import Box3D, Scene, SceneObject, colour_name
 from octavius.points.cloud import PointCloud, checked
 from octavius.points.proposals import MIN_POINTS
 
@@ -55,7 +55,7 @@ def read_scans(
             points = cloud[rows]
             if len(points) < MIN_POINTS:  # the model would not see it
                 continue
-            box: Box = tuple(round(float(value), 4) for value in points.box)  # type: ignore[assignment]
+            box: Box3D = tuple(round(float(value), 4) for value in points.box)  # type: ignore[assignment]
             colour = "" if points.rgb is None else colour_name(points.rgb)
             said = tuple((captions or {}).get((name, number), ()))
             items.append(SceneObject(number, label, box, colour, said))
@@ -66,7 +66,7 @@ def read_scans(
         grey = np.full_like(cloud.xyz, 0.5) if cloud.rgb is None else cloud.rgb
         rgb = np.round(grey * 255).astype(np.uint8)
         np.savez(clouds / f"{name}.npz", xyz=cloud.xyz, rgb=rgb, boxes=np.stack(boxes), ids=ids)
-        room: Box = tuple(float(value) for value in cloud.box)  # type: ignore[assignment]
+        room: Box3D = tuple(float(value) for value in cloud.box)  # type: ignore[assignment]
         asked = (questions or {}).get(name, [])
         found.append(Scene(name, f"{clouds.name}/{name}.npz", room, items, asked))
     return found

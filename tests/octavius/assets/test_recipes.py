@@ -16,7 +16,7 @@ def ar_member(name: str, data: bytes) -> bytes:
     return f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
 
 
-def test_deb_gives_pictures_and_captions_only(tmp_path):
+def test_deb_gives_images_and_captions_only(tmp_path):
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:
         for name in ("a/cat.png", "a/cat.txt", "a/cat.ogg"):

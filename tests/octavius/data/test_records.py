@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from octavius.data.batches import BucketSampler, Collator, InstructionData
-from octavius.data.records import Record, drop_bad_pictures, read_records
+from octavius.data.records import Record, drop_unreadable, read_records
 from octavius.language.prompts import IGNORE, ConversationFormat
 from octavius.vision.features import FeatureStore
 from octavius.vision.towers import load_tower
@@ -34,8 +34,8 @@ def test_record_carries_all_that_the_file_has(tmp_path):
 
 
 def test_images_folder_and_defaults(tmp_path):
-    made = read_records(write(tmp_path, [item(id="absent", task_type="absent")]), tmp_path / "pictures")
-    assert made[0].image == tmp_path / "pictures/a/b.png" and made[0].task_type == "normal"
+    made = read_records(write(tmp_path, [item(id="absent", task_type="absent")]), tmp_path / "images")
+    assert made[0].image == tmp_path / "images/a/b.png" and made[0].task_type == "normal"
     assert "record 0" in made[0].id
 
 
@@ -107,37 +107,35 @@ def test_file_that_is_not_there_or_no_text(tmp_path):
         read_records(tmp_path / "binary.json")
 
 
-def test_record_without_picture_is_counted_and_skipped(tmp_path, capsys):
+def test_record_without_image_is_counted_and_skipped(tmp_path, capsys):
     path = write(tmp_path, [item(id="a"), item(image="absent"), item(image=None), item(id="b")])
     assert [record.id for record in read_records(path)] == ["a", "b"]
-    assert "2 of 4 records have no picture" in " ".join(capsys.readouterr().err.split())
+    assert "2 of 4 records have no image" in " ".join(capsys.readouterr().err.split())
 
 
 def some(count):
     return [Record(str(index), Path(f"{index}.png"), [("q", "a")], "VQA", {}) for index in range(count)]
 
 
-def test_bad_pictures_are_named_and_skipped_up_to_one_percent(capsys):
+def test_bad_images_are_named_and_skipped_up_to_one_percent(capsys):
     records, bad = some(200), {Path("3.png"): "no such file", Path("77.png"): "cut short"}
-    kept = drop_bad_pictures(records, bad)
+    kept = drop_unreadable(records, bad)
     assert [record.id for record in kept] == [str(index) for index in range(200) if index not in (3, 77)]
     shown = " ".join(capsys.readouterr().err.split())
     assert "2 of 200 records" in shown and "3.png: no such file" in shown and "77.png: cut short" in shown
     bad[Path("9.png")] = "empty"
-    with pytest.raises(ValueError, match=r"3 of 200 records have an unreadable picture .*; at most 1% may be"):
-        drop_bad_pictures(records, bad)
+    with pytest.raises(ValueError, match=r"3 of 200 records have an unreadable image .*; at most 1% may be"):
+        drop_unreadable(records, bad)
 
 
-def test_bad_picture_counts_for_each_of_its_records():
+def test_bad_image_counts_for_each_of_its_records():
     twice = [*some(150), *some(1), *some(1)]
-    with pytest.raises(
-        ValueError, match=r"3 of 152 records have an unreadable picture or cloud \(1 files: 0.png: torn"
-    ):
-        drop_bad_pictures(twice, {Path("0.png"): "torn"})
+    with pytest.raises(ValueError, match=r"3 of 152 records have an unreadable image or cloud \(1 files: 0.png: torn"):
+        drop_unreadable(twice, {Path("0.png"): "torn"})
 
 
-def test_good_pictures_are_all_kept():
-    assert drop_bad_pictures(some(3), {}) == some(3)
+def test_good_images_are_all_kept():
+    assert drop_unreadable(some(3), {}) == some(3)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +171,7 @@ def test_prompt_has_no_last_answer_and_is_never_cut(kit):
 
 
 def test_no_record_is_refused(kit):
-    with pytest.raises(ValueError, match="at least one record with a readable picture or cloud, got none"):
+    with pytest.raises(ValueError, match="at least one record with a readable image or cloud, got none"):
         InstructionData([], kit[0], 4, 0)
 
 

@@ -1,4 +1,4 @@
-"""Answers and scores: in the order of the records, and blind with everybody else's pictures."""
+"""Answers and scores: in the order of the records, and blind with everybody else's images."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 
 from octavius.data.loading import Stores
 from octavius.data.records import Record
-from octavius.evaluation.evaluate import Answers, answer, evaluate, exchange_pictures, routing_map, write_answers
+from octavius.evaluation.evaluate import Answers, answer, evaluate, exchange_images, routing_map, write_answers
 from octavius.vision.features import FeatureStore
 from tests.support import tiny
 
@@ -30,40 +30,40 @@ def records(parts):
     return tiny.records(parts)
 
 
-def many(pictures, benchmark="vqa"):
+def many(images, benchmark="vqa"):
     return [
         Record(f"{benchmark}{i}", Path(name), [(f"q{i}", f"a{i}")], "VQA", {"benchmark": benchmark})
-        for i, name in enumerate(pictures)
+        for i, name in enumerate(images)
     ]
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("pictures", ["abcdefg", "ab", "aabbccd", "aaabbb", "aabcb"], ids=str)
-def test_exchange_gives_everybody_another_picture(pictures, seed):
-    one, two = many(pictures), many([f"hair-{name}" for name in "uvw"], "hair")
+@pytest.mark.parametrize("images", ["abcdefg", "ab", "aabbccd", "aaabbb", "aabcb"], ids=str)
+def test_exchange_gives_everybody_another_image(images, seed):
+    one, two = many(images), many([f"hair-{name}" for name in "uvw"], "hair")
     mixed = [record for pair in zip(one, two, strict=False) for record in pair] + one[3:] + two[len(one) :]
-    changed = exchange_pictures(mixed, seed)
+    changed = exchange_images(mixed, seed)
     assert all(new.image != old.image for new, old in zip(changed, mixed, strict=True))
     assert [replace(new, image=old.image) for new, old in zip(changed, mixed, strict=True)] == mixed
     for benchmark in ("vqa", "hair"):
         shown = [Counter(r.image for r in rows if r.truth["benchmark"] == benchmark) for rows in (changed, mixed)]
-        assert shown[0] == shown[1]  # the same pictures, as often
+        assert shown[0] == shown[1]  # the same images, as often
 
 
 def test_exchange_depends_on_the_seed_alone():
     records = many("abcdefghijklm")
-    drawn = [[record.image for record in exchange_pictures(records, seed)] for seed in (0, 0, 1)]
+    drawn = [[record.image for record in exchange_images(records, seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert [record.image for record in records] == [Path(name) for name in "abcdefghijklm"]
 
 
 def test_exchange_of_a_lone_record():
-    assert exchange_pictures(many("a")) == many("a") and exchange_pictures([]) == []
+    assert exchange_images(many("a")) == many("a") and exchange_images([]) == []
 
 
 def test_exchange_without_benchmark_goes_by_task():
     records = [replace(record, truth={}, task_type=task) for record, task in zip(many("abcd"), "xyxy", strict=True)]
-    assert [record.image.name for record in exchange_pictures(records)] == list("cdab")
+    assert [record.image.name for record in exchange_images(records)] == list("cdab")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
@@ -85,12 +85,12 @@ def test_answering_is_done_in_evaluation_mode(parts, records, store):
     assert not any(module.training for module in model.eval().modules())
 
 
-def test_blind_sees_other_pictures(model, records, store):
+def test_blind_sees_other_images(model, records, store):
     seen = answer(model, records, store, max_new_tokens=5)
     blind = answer(model, records, store, max_new_tokens=5, blind=True)
-    want = answer(model, exchange_pictures(records), store, max_new_tokens=5)
+    want = answer(model, exchange_images(records), store, max_new_tokens=5)
     assert blind.texts == want.texts != seen.texts
-    assert torch.equal(blind.weights, seen.weights)  # the gate does not see the picture
+    assert torch.equal(blind.weights, seen.weights)  # the gate does not see the image
     caption = next(index for index, record in enumerate(records) if record.truth["benchmark"] == "caption")
     assert blind.texts[caption] == seen.texts[caption]  # the only one of its benchmark
 

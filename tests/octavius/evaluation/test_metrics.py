@@ -135,9 +135,9 @@ def test_detection_counts_one_box_once():
     assert result["recall"] == 1 and result["precision"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("pictures", [0, 2])
-def test_detection_without_predictions(pictures):
-    result = metrics.detection([[]] * pictures, [[("cat", A)]] * pictures)
+@pytest.mark.parametrize("images", [0, 2])
+def test_detection_without_predictions(images):
+    result = metrics.detection([[]] * images, [[("cat", A)]] * images)
     assert set(result.values()) == {0.0}
 
 

@@ -86,7 +86,7 @@ def test_question_has_the_same_ids_wherever_it_stands(tokenizer):
 
 
 @pytest.mark.parametrize("limit", [1, 7, 19])
-def test_cut_counts_from_the_picture(plain, tokenizer, limit):
+def test_cut_counts_from_the_image(plain, tokenizer, limit):
     whole, cut = plain.encode(TURNS, "VQA", 5), plain.encode(TURNS, "VQA", 5, max_tokens=limit)
     start = whole.ids.index(len(tokenizer) + 1) + 1
     assert len(cut.ids) == start + limit

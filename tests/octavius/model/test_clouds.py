@@ -1,4 +1,4 @@
-"""Pictures and clouds in one model: an instance gives the same alone and among others, trains, saves, answers."""
+"""Images and clouds in one model: an instance gives the same alone and among others, trains, saves, answers."""
 
 import json
 import shutil
@@ -12,12 +12,12 @@ from PIL import Image
 from octavius.config import CloudConfig, Config, TrainConfig, load_config
 from octavius.data.loading import load_data
 from octavius.data.records import read_records
-from octavius.evaluation.evaluate import evaluate, exchange_pictures
+from octavius.evaluation.evaluate import evaluate, exchange_images
 from octavius.model.octavius import Octavius
 from octavius.points.object_store import ObjectStore, Region
 from octavius.points.pointbert import PointBert
 from octavius.points.proposals import read_boxes
-from octavius.report.scene_picture import attention, scene_picture
+from octavius.report.scene_image import attention, scene_image
 from octavius.session import Scan, chat
 from octavius.training.train import train
 from tests.octavius.points.test_pointbert import TINY
@@ -44,8 +44,8 @@ def test_mixed_batch_is_padded_in_text_alone(model, records):
     lengths = made["attention_mask"].sum(1).tolist()
     assert max(lengths) == made["input_ids"].shape[1] and len(set(lengths)) > 3
     vocab = model.llm.get_input_embeddings().weight.shape[0]
-    pictures, scenes = (made["input_ids"] == vocab + 2).sum(1), (made["input_ids"] == vocab + 5).sum(1)
-    assert pictures.tolist()[:4] == [model.image_tokens, 0] * 2 and scenes.tolist()[:4] == [0, 3] * 2
+    images, scenes = (made["input_ids"] == vocab + 2).sum(1), (made["input_ids"] == vocab + 5).sum(1)
+    assert images.tolist()[:4] == [model.image_tokens, 0] * 2 and scenes.tolist()[:4] == [0, 3] * 2
     assert len(made["features"]) + len(made["objects"]) == len(records)
     assert not made["objects"][~made["object_mask"]].any()
 
@@ -112,7 +112,7 @@ def test_answer_depends_on_the_cloud(model, records):
 
 
 def test_blind_exchanges_clouds(records):
-    for before, after in zip(records, exchange_pictures(records), strict=True):
+    for before, after in zip(records, exchange_images(records), strict=True):
         assert (before.cloud is None) == (after.cloud is None) and before.turns == after.turns
         if before.cloud:
             assert after.cloud.cloud != before.cloud.cloud
@@ -167,7 +167,7 @@ def test_training_joins_both_and_repeats_3d(parts, root, tmp_path):
     model, report = train(config)
     assert report["steps"] == 3 and all(np.isfinite(entry["loss"]) for entry in report["loss"])
     loaded, stores = load_data(config.data, "train.json", **model.readers())
-    assert len(loaded) == 7 + 9 and stores.scenes is not None and stores.pictures is not None
+    assert len(loaded) == 7 + 9 and stores.scenes is not None and stores.images is not None
     said, _ = chat(model, Scan(root / "clouds/2.npz"), "What is left?", max_new_tokens=4)
     assert isinstance(said, str)
 
@@ -182,7 +182,7 @@ def test_clouds_alone(parts, root):
         clouds.batch(model, tiny.records(parts))
 
 
-def test_pictures_alone_refuse_clouds(parts, root):
+def test_images_alone_refuse_clouds(parts, root):
     model = tiny.make(parts)
     with pytest.raises(ValueError, match="without a 3D branch cannot read"):
         tiny.batch(model, read_records(root / "train.json"))
@@ -217,7 +217,7 @@ def test_attention_of_a_scene(model, root):
     store = ObjectStore(model.encoder[0])
     boxes, shares = attention(model, store, Region(root / "clouds/2.npz"))
     assert boxes.shape == (3, 6) and shares.sum() == pytest.approx(1, abs=1e-5) and (shares > 0).all()
-    assert scene_picture(model, store, Region(root / "clouds/2.npz", 11), size=99).size == (99, 99)
+    assert scene_image(model, store, Region(root / "clouds/2.npz", 11), size=99).size == (99, 99)
 
 
 def test_features_are_kept(model, root, tmp_path):

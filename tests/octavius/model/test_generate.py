@@ -74,7 +74,7 @@ def test_tokens_of_a_token_gate_differ(models, records):
     assert len({tuple(row) for row in experts.tolist()}) > 3
 
 
-def test_answer_depends_on_the_picture_and_on_the_experts(parts, models, records):
+def test_answer_depends_on_the_image_and_on_the_experts(parts, models, records):
     model = models["instance"]
     batch = tiny.batch(model, records, answer=False)
     texts, _ = model.generate(**batch, max_new_tokens=9)

@@ -45,10 +45,10 @@ def gradients(model, batch):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_embeddings_are_table_markers_and_projected_picture(model, records):
+def test_embeddings_are_table_markers_and_projected_image(model, records):
     batch = tiny.batch(model, records)
     table = model.llm.get_input_embeddings().weight
-    pictures = model.projector(batch["features"])
+    images = model.projector(batch["features"])
     embeds = model.embed(batch["input_ids"], batch["features"])
     for row, ids in enumerate(batch["input_ids"].tolist()):
         seen = 0
@@ -58,7 +58,7 @@ def test_embeddings_are_table_markers_and_projected_picture(model, records):
             elif token < len(table) + 2:
                 want = model.markers[token - len(table)]
             else:
-                want, seen = pictures[row, seen], seen + 1
+                want, seen = images[row, seen], seen + 1
             assert torch.equal(embeds[row, column], want), (row, column, token)
         assert seen == model.tower[0].tokens
 
@@ -69,8 +69,8 @@ def test_projector_starts_at_the_size_of_the_texts_embeddings(parts, records, ki
     text = model.llm.get_input_embeddings().weight.std()
     features = tiny.batch(model, records)["features"]
     model.projector.calibrate(features)
-    picture = model.projector(features).std()
-    assert 0.2 < picture / text < 2
+    image = model.projector(features).std()
+    assert 0.2 < image / text < 2
 
 
 def test_calibrated_projector_sees_standardised_channels(parts):
@@ -220,7 +220,7 @@ def test_other_gates_train(parts, records, mode):
 
 @pytest.mark.parametrize("mode", ["instance", "token"])
 def test_load_balancing_is_added(parts, records, mode):
-    """With the experts' running share, which only training moves, and padding never."""
+    """The balance uses the experts' running share, which only training moves, and padding never."""
     plain, balanced = (tiny.make(parts, gate=tiny.gate(mode=mode, load_balancing=weight)) for weight in (0.0, 0.25))
     batch = tiny.batch(plain, records)
     embeds, mask = plain.embed(batch["input_ids"], batch["features"]), None

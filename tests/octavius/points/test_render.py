@@ -1,4 +1,4 @@
-"""Pictures of clouds: nearer points hide farther ones, boxes frame what they hold."""
+"""Images of clouds: nearer points hide farther ones, boxes frame what they hold."""
 
 import numpy as np
 
@@ -16,8 +16,8 @@ def test_the_nearer_wall_is_seen():
     (near, red), (far, blue) = wall(0.0, (1, 0, 0)), wall(1.0, (0, 0, 1))
     cloud = PointCloud(np.concatenate((near, far)), np.concatenate((red, blue)))
     for yaw, seen in ((0.0, 0), (180.0, 2)):
-        picture = np.asarray(render(cloud, 64, yaw=yaw, pitch=0.0))
-        assert picture[32, 32].argmax() == seen and (picture[0, 0] == 255).all()
+        image = np.asarray(render(cloud, 64, yaw=yaw, pitch=0.0))
+        assert image[32, 32].argmax() == seen and (image[0, 0] == 255).all()
 
 
 def test_camera_shows_the_whole_box():

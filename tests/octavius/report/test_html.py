@@ -108,14 +108,14 @@ def test_report_shows_run_and_scores(tmp_path, samples):
     assert text.index("Detection") < text.index("Visual QA") < text.index("Captioning")
 
 
-def test_report_draws_boxes_inside_the_picture(tmp_path, samples):
+def test_report_draws_boxes_inside_the_image(tmp_path, samples):
     text = written(tmp_path, METRICS, samples, LOSS, ROUTING)
     assert 'class="box predicted" style="left:25.00%;top:50.00%;width:75.00%;height:50.00%"' in text
     assert 'class="box reference" style="left:0.00%;top:0.00%;width:100.00%;height:100.00%"' in text
     data = re.search(r"data:image/jpeg;base64,([^\"]+)", text)
     assert data is not None
-    picture = Image.open(io.BytesIO(base64.b64decode(data[1])))
-    assert picture.size == (480, 240) and picture.getpixel((5, 5)) == (255, 255, 255)
+    image = Image.open(io.BytesIO(base64.b64decode(data[1])))
+    assert image.size == (480, 240) and image.getpixel((5, 5)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("metrics", [{}, {"run": {}, "scores": {}}, {"scores": {"moe": {"vqa": VQA}}}])

@@ -74,8 +74,8 @@ def test_a_minute_of_training_beats_chance(tmp_path, monkeypatch):
     cache = registry.default_cache() / "points"
     report = pretrain(tmp_path, PretrainConfig(steps=300, batch_size=32, learning_rate=2e-3), cache)
     assert report["loss"][-1] < report["loss"][0] - 1
-    for side in ("test", "zeroshot"):
-        scores = report[side]
+    for split in ("test", "zeroshot"):
+        scores = report[split]
         assert scores["zero_shot_acc"] > 2.5 * scores["zero_shot_chance"]
         assert scores["image_recall@5"] > 2.5 * scores["image_chance@5"]
         assert scores["labelled"] > 50

@@ -8,7 +8,7 @@ from octavius.config import CloudConfig
 from octavius.data.records import Record
 from octavius.points.object_store import Objects, ObjectStore, Region
 from octavius.points.scene_projector import SceneProjector
-from octavius.training.projector_init import _directions, align, align_scenes
+from octavius.training.projector_init import _directions, init_projector, init_scene_projector
 from octavius.vision.features import FeatureStore
 from octavius.vision.projector import Projector
 from octavius.vision.towers import ImageTower
@@ -42,7 +42,7 @@ def table() -> torch.Tensor:
 
 
 def told(number: int) -> tuple[list[Record], dict[Path, torch.Tensor]]:
-    """Pictures whose colour is one noisy direction of all their tokens."""
+    """Images whose colour is one noisy direction of all their tokens."""
     rng = torch.Generator().manual_seed(number)
     direction = torch.randn(2, C, generator=torch.Generator().manual_seed(5))
     records, features = [], {}
@@ -55,7 +55,7 @@ def told(number: int) -> tuple[list[Record], dict[Path, torch.Tensor]]:
 
 
 def found(number: int) -> tuple[list[Record], dict[Path, torch.Tensor]]:
-    """Pictures with a bird in one half and nothing or a fish in the other, told apart by the tokens' features."""
+    """Images with a bird in one half and nothing or a fish in the other, told apart by the tokens' features."""
     rng = torch.Generator().manual_seed(7)
     direction = 2 * torch.randn(3, C, generator=rng)
     records, features = [], {}
@@ -85,10 +85,10 @@ def nearest(vectors: torch.Tensor, words: list[int]) -> list[int]:
     ]
 
 
-def test_align_makes_unseen_pictures_speak_of_their_answers():
+def test_align_makes_unseen_images_speak_of_their_answers():
     records, features = told(160)
     projector = start(features)
-    align(projector, records, Store(features), tokens, table())
+    init_projector(projector, records, Store(features), tokens, table())
     _, fresh = told(60)
     said = projector(torch.stack(list(fresh.values()))).mean(1)
     said = said - said.mean(0)
@@ -100,7 +100,7 @@ def test_align_makes_unseen_pictures_speak_of_their_answers():
 def test_align_makes_tokens_speak_of_the_object_that_they_lie_in():
     records, features = found(80)
     projector = start(features)
-    align(projector, records, Store(features), tokens, table())
+    init_projector(projector, records, Store(features), tokens, table())
     z = projector(torch.stack(list(features.values()))).detach() - table().mean(0)  # [n, P, D]
     z = z.unflatten(1, (SIDE, SIDE))
     left, right = z[1::2, :, : SIDE // 2], z[1::2, SIDE // 2 :, SIDE // 2 :]
@@ -124,7 +124,7 @@ def test_align_makes_tokens_say_where_the_side_in_them_is():
         kind[:, column, 0], kind[:, column:, 1] = 4.0, 4.0  # the tower sees the edge, and the object
         features[path] = kind.flatten(0, 1) + 0.3 * torch.randn(SIDE**2, C, generator=rng)
     projector = start(features)
-    align(projector, records, Store(features), tokens, table())
+    init_projector(projector, records, Store(features), tokens, table())
     z = projector(torch.stack(list(features.values()))).detach().unflatten(1, (SIDE, SIDE)) - table().mean(0)
     edge, *sides = _directions(44, D).split((4, 10, 10, 10, 10))
     for column in range(3):
@@ -138,7 +138,7 @@ def test_align_is_deterministic():
     records, features = told(20)
     first, second = start(features), start(features)
     for projector in (first, second):
-        align(projector, records, Store(features), tokens, table())
+        init_projector(projector, records, Store(features), tokens, table())
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -149,7 +149,7 @@ def test_align_is_deterministic():
 def test_align_without_fitting_records_changes_nothing(records):
     projector = start(told(4)[1])
     before = {name: value.clone() for name, value in projector.state_dict().items()}
-    align(projector, records, Store({Path("v.png"): torch.randn(SIDE**2, C)}), tokens, table())
+    init_projector(projector, records, Store({Path("v.png"): torch.randn(SIDE**2, C)}), tokens, table())
     for name, value in projector.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -157,7 +157,7 @@ def test_align_without_fitting_records_changes_nothing(records):
 def test_align_refuses_a_projector_without_closed_form():
     records, features = told(4)
     with pytest.raises(ValueError, match="linear"):
-        align(start(features, "mlp"), records, Store(features), tokens, table())
+        init_projector(start(features, "mlp"), records, Store(features), tokens, table())
 
 
 def scenes(number: int, seed: int) -> tuple[list[Record], ObjectStore]:
@@ -185,7 +185,7 @@ def scene_projector() -> SceneProjector:
 def test_align_scenes_makes_tokens_speak_of_the_objects_that_they_look_at():
     records, store = scenes(90, 1)
     scene = scene_projector()
-    align_scenes(scene, records, store, tokens, table())
+    init_scene_projector(scene, records, store, tokens, table())
     assert scene.training
     scene.eval()
     fresh, others = scenes(60, 2)
@@ -207,6 +207,6 @@ def test_align_scenes_without_single_objects_changes_nothing():
     _, store = scenes(3, 1)
     scene, before = scene_projector(), scene_projector().state_dict()
     record = Record("q", None, [("Where?", "bird")], "VQA3D", {}, Region(Path("1-0.npz")))
-    align_scenes(scene, [record], store, tokens, table())
+    init_scene_projector(scene, [record], store, tokens, table())
     for name, value in scene.state_dict().items():
         assert torch.equal(value, before[name]), name

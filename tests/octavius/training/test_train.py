@@ -134,7 +134,7 @@ def test_every_epoch_has_an_order_of_its_own(parts, tmp_path):
     model = tiny.make(parts)
     records, store = load_data(config.data, "train.json", **model.readers())
     data = InstructionData(records, model.conversation, model.image_tokens, 0)
-    collate = Collator(model.conversation.eos, store.pictures)
+    collate = Collator(model.conversation.eos, store.images)
     trainer = OctaviusTrainer(model, training_arguments(config), train_dataset=data, data_collator=collate)
     loader, orders = trainer.get_train_dataloader(), []
     for epoch in range(5):
@@ -244,12 +244,12 @@ def test_single_lora_trains(parts, tmp_path):
     assert (batch["labels"] != IGNORE).any()
 
 
-def test_bad_pictures_end_the_run_before_it_starts(parts, tmp_path):
+def test_bad_images_end_the_run_before_it_starts(parts, tmp_path):
     data = six(parts, tmp_path / "six")
     items = json.loads((tmp_path / "six/train.json").read_text())
     items[2]["image"] = "nowhere.png"
     (tmp_path / "six/train.json").write_text(json.dumps(items))
-    with pytest.raises(ValueError, match=r"1 of 6 records have an unreadable picture .*nowhere\.png"):
+    with pytest.raises(ValueError, match=r"1 of 6 records have an unreadable image .*nowhere\.png"):
         train(run_config(parts, tmp_path / "run", data=data))
     assert not (tmp_path / "run").exists()
 
@@ -267,14 +267,14 @@ def test_features_are_kept_in_the_cache(parts, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_compiled_layers_train_like_eager_ones(parts, tmp_path):
     eager, compiled = (
-        train(run_config(parts, tmp_path / str(compile), compile=compile, align=True, steps=3))[1]
+        train(run_config(parts, tmp_path / str(compile), compile=compile, projector_init=True, steps=3))[1]
         for compile in (False, True)
     )
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
 
 
 def test_alignment_is_where_training_starts(parts, tmp_path):
-    model, _ = train(run_config(parts, tmp_path, align=True, steps=1, learning_rate=0.0))
+    model, _ = train(run_config(parts, tmp_path, projector_init=True, steps=1, learning_rate=0.0))
     torch.manual_seed(0)
     fresh = Octavius.from_config(model.settings)
     table = fresh.llm.get_input_embeddings().weight
@@ -286,7 +286,7 @@ def test_aligned_projectors_learn_at_a_tenth_of_the_rate(parts, tmp_path):
     config = run_config(parts, tmp_path)
     model = Octavius.from_config(config.model)
     trainer = OctaviusTrainer(model=model, args=training_arguments(config))
-    trainer.aligned = True
+    trainer.closed_form = True
     optimizer = trainer.create_optimizer()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Towers and the feature store: right tokens, computed once, bad pictures reported and not fatal."""
+"""Towers and the feature store: right tokens, computed once, bad images reported and not fatal."""
 
 import io
 import os
@@ -25,7 +25,7 @@ def fine(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     paths = [tmp_path / f"{index}.png" for index in range(5)]
     for index, path in enumerate(paths):
         tiny.draw(path, index)
@@ -127,75 +127,75 @@ def test_fingerprint_tells_functions_apart(parts, tower, fine):
     assert again.fingerprint() == prints[0] and len(set(prints)) == 5
 
 
-def test_cached_features_equal_computed_ones(tower, pictures, tmp_path):
+def test_cached_features_equal_computed_ones(tower, images, tmp_path):
     kept, fresh = FeatureStore(tower, tmp_path / "cache"), FeatureStore(tower)
-    assert kept.prepare([*pictures, pictures[0]], batch_size=2) == {} == fresh.prepare(pictures)
-    order = [pictures[3], pictures[0], pictures[3], pictures[4]]
+    assert kept.prepare([*images, images[0]], batch_size=2) == {} == fresh.prepare(images)
+    order = [images[3], images[0], images[3], images[4]]
     got, want = kept(order), fresh(order)
     assert got.dtype == want.dtype == torch.float16 and got.shape == (4, 4, 32)
     torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
     with torch.inference_mode():
-        alone = tower(tower.pixels(Image.open(pictures[4]))[None]).half()
+        alone = tower(tower.pixels(Image.open(images[4]))[None]).half()
     torch.testing.assert_close(got[3:], alone, atol=1e-2, rtol=1e-2)
     assert not torch.allclose(got[0], got[1], atol=0.1)
 
 
 def count(tower):
-    """How many pictures a tower has seen, as a list that grows."""
+    """How many images a tower has seen, as a list that grows."""
     seen = []
     tower.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     return seen
 
 
-def test_many_pictures_go_through_the_tower_in_chunks(tower, pictures):
+def test_many_images_go_through_the_tower_in_chunks(tower, images):
     store, seen = FeatureStore(tower), count(tower)
-    many = [pictures[index % 5] for index in range(37)]
+    many = [images[index % 5] for index in range(37)]
     got = store(many)
     assert sum(seen) == 37 and max(seen) <= 32
     torch.testing.assert_close(got[35:], store(many[35:]), atol=1e-2, rtol=1e-2)
 
 
-def test_features_are_computed_once(tower, pictures, tmp_path):
+def test_features_are_computed_once(tower, images, tmp_path):
     seen = count(tower)
     first, second = FeatureStore(tower, tmp_path / "cache"), FeatureStore(tower, tmp_path / "cache")
-    first.prepare(pictures)
+    first.prepare(images)
     assert sum(seen) == 5
-    second.prepare(pictures[::-1])
-    assert torch.equal(second(pictures), first(pictures)) and sum(seen) == 5
+    second.prepare(images[::-1])
+    assert torch.equal(second(images), first(images)) and sum(seen) == 5
 
 
-def test_changed_picture_is_computed_anew(tower, pictures, tmp_path):
+def test_changed_image_is_computed_anew(tower, images, tmp_path):
     seen, store = count(tower), FeatureStore(tower, tmp_path / "cache")
-    store.prepare(pictures)
-    before = store(pictures)
-    tiny.draw(pictures[1], 4)
-    os.utime(pictures[1], ns=(1, 1))
+    store.prepare(images)
+    before = store(images)
+    tiny.draw(images[1], 4)
+    os.utime(images[1], ns=(1, 1))
     again = FeatureStore(tower, tmp_path / "cache")
-    again.prepare(pictures)
-    assert sum(seen) == 10 and not torch.equal(again(pictures)[1], before[1])
+    again.prepare(images)
+    assert sum(seen) == 10 and not torch.equal(again(images)[1], before[1])
 
 
-def test_store_that_was_cut_short_is_computed_anew(tower, pictures, tmp_path):
-    FeatureStore(tower, tmp_path / "cache").prepare(pictures)
+def test_store_that_was_cut_short_is_computed_anew(tower, images, tmp_path):
+    FeatureStore(tower, tmp_path / "cache").prepare(images)
     (index,) = (tmp_path / "cache").glob("*.json")
     index.unlink()  # it is written last
     seen, store = count(tower), FeatureStore(tower, tmp_path / "cache")
-    assert store.prepare(pictures) == {} and sum(seen) == 5 and store(pictures).isfinite().all()
+    assert store.prepare(images) == {} and sum(seen) == 5 and store(images).isfinite().all()
 
 
-def spoil(pictures):
-    """A missing, an empty and a foreign picture, two torn ones, and one whose header claims 4.6 billion pixels."""
+def spoil(images):
+    """A missing, an empty and a foreign image, two torn ones, and one whose header claims 4.6 billion pixels."""
     whole = io.BytesIO()
     noise = torch.randint(0, 256, (60, 50, 3), dtype=torch.uint8).numpy()
     Image.fromarray(noise).save(whole, "JPEG")
-    torn = pictures[0].with_name("torn.jpg")
+    torn = images[0].with_name("torn.jpg")
     torn.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
-    missing, empty, foreign = (pictures[0].with_name(name) for name in ("missing.png", "empty.png", "foreign.png"))
+    missing, empty, foreign = (images[0].with_name(name) for name in ("missing.png", "empty.png", "foreign.png"))
     empty.write_bytes(b"")
-    foreign.write_text("no picture")
-    cut = pictures[0].with_name("cut.png")
-    cut.write_bytes(pictures[2].read_bytes()[:-40])
-    huge = pictures[0].with_name("huge.bmp")
+    foreign.write_text("no image")
+    cut = images[0].with_name("cut.png")
+    cut.write_bytes(images[2].read_bytes()[:-40])
+    huge = images[0].with_name("huge.bmp")
     Image.new("RGB", (9, 7)).save(huge)
     header = bytearray(huge.read_bytes())
     header[18:26] = struct.pack("<ii", 68_000, 68_000)
@@ -204,16 +204,16 @@ def spoil(pictures):
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "on-demand"])
-def test_bad_pictures_are_reported_with_reasons(tower, pictures, tmp_path, keep):
-    bad = spoil(pictures)
+def test_bad_images_are_reported_with_reasons(tower, images, tmp_path, keep):
+    bad = spoil(images)
     store = FeatureStore(tower, tmp_path / "cache" if keep else None)
     for _ in range(2):  # the second time from what was kept
-        found = store.prepare([bad[0], *pictures, *bad[1:]], batch_size=3)
+        found = store.prepare([bad[0], *images, *bad[1:]], batch_size=3)
         assert set(found) == set(bad) and all(found.values())
-    assert store(pictures).isfinite().all()
+    assert store(images).isfinite().all()
 
 
-def test_store_of_no_picture(tower, tmp_path):
+def test_store_of_no_image(tower, tmp_path):
     assert FeatureStore(tower, tmp_path / "cache").prepare([]) == {}
 
 

@@ -1,4 +1,4 @@
-"""mini-LAMM: same bytes from the same seed, exact boxes, nothing shared between the sides, no answer worth guessing."""
+"""mini-LAMM: same bytes from the same seed, exact boxes, nothing shared between splits, no answer to guess."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from octavius.assets import registry
 from octavius.data.mini_lamm import build, compose, cutouts, faces
 
-SIZES = build.Sizes(train=48, test=16, zeroshot=8)
+SIZES = build.ImageCounts(train=48, test=16, zeroshot=8)
 KEYS = {
     "detection": {"object", "labels"},
     "caption": {"sentences"},
@@ -74,8 +74,8 @@ def built(fake, tmp_path_factory) -> Path:
     return build.build(tmp_path_factory.mktemp("data") / "a", SIZES, seed=3, assets=fake)
 
 
-def records(folder: Path, side: str) -> list[dict]:
-    return json.loads((folder / f"{side}.json").read_text())
+def records(folder: Path, split: str) -> list[dict]:
+    return json.loads((folder / f"{split}.json").read_text())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -91,20 +91,20 @@ def test_build_same_seed_same_bytes(built, fake, tmp_path):
 
 def test_build_without_photographs_shows_faces(fake, tmp_path):
     pytest.importorskip("resvg_py")
-    folder = build.build(tmp_path / "b", build.Sizes(6, 4, 4), assets={"faces": fake["faces"]})
+    folder = build.build(tmp_path / "b", build.ImageCounts(6, 4, 4), assets={"faces": fake["faces"]})
     assert {record["benchmark"] for record in records(folder, "train")} == {"hair", "smile"}
     assert (len(records(folder, "train")), len(records(folder, "test")), records(folder, "zeroshot")) == (12, 8, [])
 
 
 def test_build_skips_what_is_there(built, fake, monkeypatch):
-    monkeypatch.setattr(build, "write_side", lambda *a: pytest.fail("built again"))
+    monkeypatch.setattr(build, "write_split", lambda *a: pytest.fail("built again"))
     assert build.build(built, SIZES, seed=3, assets=fake) == built
 
 
 @pytest.mark.parametrize("lost", ["images/test_00001.jpg", "test.json"])
 def test_build_mends_what_is_lost(fake, tmp_path, lost):
     pytest.importorskip("resvg_py")
-    small = build.Sizes(8, 4, 4)
+    small = build.ImageCounts(8, 4, 4)
     folder = build.build(tmp_path / "d", small, assets=fake)
     before = files(folder)
     (folder / lost).unlink()
@@ -113,7 +113,7 @@ def test_build_mends_what_is_lost(fake, tmp_path, lost):
 
 def test_build_replaces_other_settings(fake, tmp_path):
     pytest.importorskip("resvg_py")
-    small = build.Sizes(8, 4, 4)
+    small = build.ImageCounts(8, 4, 4)
     build.build(tmp_path / "d", small, seed=0, assets=fake)
     first = files(tmp_path / "d")
     build.build(tmp_path / "d", small, seed=1, assets=fake)
@@ -135,17 +135,17 @@ def test_build_failing_leaves_nothing(fake, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("side", build.SIDES)
-def test_records_are_complete(built, side):
+@pytest.mark.parametrize("split", build.SPLITS)
+def test_records_are_complete(built, split):
     ids = set()
-    for record in records(built, side):
+    for record in records(built, split):
         assert {"id", "image", "conversations", "task_type", "src_image", "benchmark"} <= set(record)
         assert set(record) >= KEYS[record["benchmark"]]
         assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"]
         assert record["task_type"] in ("detection", "description", "classification", "VQA")
         assert Image.open(built / record["image"]).size == (compose.SIZE, compose.SIZE)
         ids.add(record["id"])
-    assert len(ids) == len(records(built, side))
+    assert len(ids) == len(records(built, split))
 
 
 def test_answers_agree_with_ground_truth(built):
@@ -172,7 +172,7 @@ def test_answers_agree_with_ground_truth(built):
 
 
 def test_sides_share_no_photograph(built):
-    shown = {side: {n for r in records(built, side) for n in r.get("photographs", [])} for side in build.SIDES}
+    shown = {split: {n for r in records(built, split) for n in r.get("photographs", [])} for split in build.SPLITS}
     assert shown["train"] and shown["test"] and shown["zeroshot"]
     assert not shown["train"] & shown["test"] and not (shown["train"] | shown["test"]) & shown["zeroshot"]
     classes = {o["label"] for r in records(built, "zeroshot") for o in r.get("object", [])}

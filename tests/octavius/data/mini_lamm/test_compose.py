@@ -35,7 +35,7 @@ def test_compose_box_is_that_of_the_changed_pixels():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_compose_sizes_and_overlap(count):
-    low, high = compose.SIDES[count]
+    low, high = compose.LONG_SIDE[count]
     for seed in range(25):
         boxes = compose.compose(np.random.default_rng(seed), [disc()] * count).boxes
         for i, box in enumerate(boxes):

@@ -31,7 +31,7 @@ def test_choices_reward_no_constant_answer():
 
 
 @pytest.mark.parametrize(
-    "box, other, side",
+    "box, other, expected",
     [
         ((0, 0.4, 0.2, 0.6), (0.7, 0.4, 0.9, 0.6), "left"),
         ((0.7, 0.4, 0.9, 0.6), (0, 0.4, 0.2, 0.6), "right"),
@@ -41,8 +41,8 @@ def test_choices_reward_no_constant_answer():
     ],
     ids=["left", "right", "above", "below", "diagonal"],
 )
-def test_direction(box, other, side):
-    assert questions.direction(box, other) == side
+def test_direction(box, other, expected):
+    assert questions.direction(box, other) == expected
 
 
 def test_corner():

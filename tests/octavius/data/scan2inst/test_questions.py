@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from octavius.data.scan2inst.questions import QUESTIONS, SIDES, Builder, candidates, describe, plural
+from octavius.data.scan2inst.questions import DIRECTIONS, QUESTIONS, Builder, candidates, describe, plural
 from octavius.data.scan2inst.relations import Scene, SceneObject, relation
 from tests.octavius.data.scan2inst.test_relations import ROOM, box
 
@@ -85,7 +85,7 @@ def test_sides_are_those_of_the_boxes(many):
         a = objects[record["object_id"]]
         words = record["conversations"][0]["value"]
         b = next(o for o in objects if o.id != a.id and o.name in words)
-        assert relation(a.box, b.box) == record["label"] and SIDES[record["label"]] == record["sentences"][0]
+        assert relation(a.box, b.box) == record["label"] and DIRECTIONS[record["label"]] == record["sentences"][0]
 
 
 def test_no_answer_dominates_its_kind(many):

@@ -15,7 +15,7 @@ from octavius.data.scan2inst.relations import COLOURS
 from octavius.points.cloud import PointCloud, read_cloud
 from octavius.points.proposals import crop
 
-SIZES = rooms.Sizes(12, 5, 3)
+SIZES = rooms.RoomCounts(12, 5, 3)
 
 
 def model(label: str, size=(0.6, 0.5, 0.8), catalogue="A", number=0) -> Furniture:
@@ -73,10 +73,10 @@ def test_split_keeps_models_and_twins_apart():
     twin = model("chair", number=1)
     models = [twin, model("chair", number=2), *(model("sofa", (1 + i, 1, 1), number=i) for i in range(8))]
     models += [model("chair", catalogue=furniture.UNSEEN)]
-    sides = furniture.split(models)
-    assert [m.catalogue for m in sides["zeroshot"]] == [furniture.UNSEEN]
-    assert len(sides["test"]) == 2 and {m.label for m in sides["test"]} == {"sofa"}
-    assert models[0] in sides["train"] and models[1] in sides["train"]  # of one name and size
+    splits = furniture.split(models)
+    assert [m.catalogue for m in splits["zeroshot"]] == [furniture.UNSEEN]
+    assert len(splits["test"]) == 2 and {m.label for m in splits["test"]} == {"sofa"}
+    assert models[0] in splits["train"] and models[1] in splits["train"]  # of one name and size
 
 
 @pytest.mark.assets
@@ -84,11 +84,11 @@ def test_catalogue_and_points(tmp_path):
     folder = registry.path("furniture")
     models = furniture.catalogue(folder)
     assert len(models) == 820 and len({m.id for m in models}) == 820
-    sides = furniture.split(models)
-    counts = {side: Counter(m.label for m in members if m.label) for side, members in sides.items()}
+    splits = furniture.split(models)
+    counts = {split: Counter(m.label for m in members if m.label) for split, members in splits.items()}
     assert set(counts["train"]) == set(CLASSES) == set(counts["test"]) and len(counts["zeroshot"]) >= 10
-    assert not {m.id for m in sides["train"]} & {m.id for m in sides["test"]}
-    held = {side: Counter(m.label for m in members) for side, members in rooms.usable(models).items()}
+    assert not {m.id for m in splits["train"]} & {m.id for m in splits["test"]}
+    held = {split: Counter(m.label for m in members) for split, members in rooms.usable(models).items()}
     assert len(held["test"]) == 11 and min(held["test"].values()) >= 3 and set(held["train"]) == set(held["test"])
     assert set(held["zeroshot"]) < set(held["test"]) and "" not in held["train"]
     for item in models[::120]:
@@ -114,12 +114,12 @@ def test_build_is_repeatable_and_holds_out_models(tmp_path):
     assert rooms.build(one, SIZES) == one and (one / "train.json").stat().st_mtime_ns == stamp
     (one / "clouds/test_00002.npz").unlink()
     assert rooms.build(one, SIZES) == one and (one / "clouds/test_00002.npz").is_file()
-    for side in rooms.SIDES:
-        check_side(one, side)
+    for split in rooms.SPLITS:
+        check_split(one, split)
 
 
-def check_side(folder: Path, side: str) -> None:
-    for record in json.loads((folder / f"{side}.json").read_text()):
+def check_split(folder: Path, split: str) -> None:
+    for record in json.loads((folder / f"{split}.json").read_text()):
         with np.load(folder / record["pcl"]) as arrays:
             assert record["object_id"] in arrays["ids"] and (arrays["boxes"][:, 3:] > arrays["boxes"][:, :3]).all()
         assert record.get("label", "") in record.get("labels", [""])
@@ -144,15 +144,15 @@ def test_build_replaces_its_own_folder_alone(tmp_path, monkeypatch, stock):
     monkeypatch.setattr(registry, "need", lambda name: tmp_path)
     monkeypatch.setattr(furniture, "catalogue", lambda folder: list(stock))
     monkeypatch.setattr(furniture, "load_points", lambda folder, models, cache: list(stock.values()))
-    monkeypatch.setattr(furniture, "split", lambda models: dict.fromkeys(rooms.SIDES, models))
+    monkeypatch.setattr(furniture, "split", lambda models: dict.fromkeys(rooms.SPLITS, models))
     monkeypatch.setattr(rooms, "FEWEST_MODELS", 1)
-    one = rooms.build(tmp_path / "x", rooms.Sizes(1, 1, 1))
+    one = rooms.build(tmp_path / "x", rooms.RoomCounts(1, 1, 1))
     before = (one / "test.json").read_bytes()
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="stopped"):
-        broken.setattr(rooms, "write_side", stop)
-        rooms.build(one, rooms.Sizes(2, 1, 1))
+        broken.setattr(rooms, "write_split", stop)
+        rooms.build(one, rooms.RoomCounts(2, 1, 1))
     assert (one / "test.json").read_bytes() == before
-    rooms.build(one, rooms.Sizes(2, 1, 1))
+    rooms.build(one, rooms.RoomCounts(2, 1, 1))
     assert len(list((one / "clouds").iterdir())) == 4 and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -171,9 +171,9 @@ def test_every_side_shows_its_own_models(tmp_path, monkeypatch):
     monkeypatch.setattr(furniture, "load_points", lambda folder, models, cache: list(stock.values()))
     monkeypatch.setattr(rooms, "annotate", watch)
     monkeypatch.setattr(rooms, "FEWEST_MODELS", 2)
-    rooms.build(tmp_path / "x", rooms.Sizes(8, 8, 4))
-    own = {side: {item.id for item in members} for side, members in furniture.split(items).items()}
-    assert set(shown) == set(rooms.SIDES) and all(shown[side] <= own[side] for side in shown)
+    rooms.build(tmp_path / "x", rooms.RoomCounts(8, 8, 4))
+    own = {split: {item.id for item in members} for split, members in furniture.split(items).items()}
+    assert set(shown) == set(rooms.SPLITS) and all(shown[split] <= own[split] for split in shown)
     assert not any("lamp" in item for item in set.union(*shown.values()))  # no test model is one
     assert all(len(ids) >= 3 for ids in shown.values()) and len(set.union(*own.values())) == len(items)
 

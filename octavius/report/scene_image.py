@@ -11,7 +11,7 @@ from octavius.points.object_store import ObjectStore, Region
 from octavius.points.render import render
 
 
-def scene_picture(
+def scene_image(
     model: Octavius, store: ObjectStore, region: Region, unit: str = "m", size: int = 480
 ) -> Image.Image | None:
     """Draw a region of the store; None where its cloud is not at hand, as with precomputed objects.
@@ -37,9 +37,9 @@ def attention(model: Octavius, store: ObjectStore, region: Region) -> tuple[torc
     return batch["boxes"][0].cpu(), weights[0].mean(0).cpu()
 
 
-def save_picture(model: Octavius, store: ObjectStore, region: Region, file: Path, unit: str = "m") -> Path | None:
-    """Write the picture of a region; None where there is nothing to draw."""
-    image = scene_picture(model, store, region, unit)
+def save_scene_image(model: Octavius, store: ObjectStore, region: Region, file: Path, unit: str = "m") -> Path | None:
+    """Write the image of a region; None where there is nothing to draw."""
+    image = scene_image(model, store, region, unit)
     if image is None:
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
