@@ -11,8 +11,8 @@ box's sides along four fixed directions. The sum of both is the start: the LLM m
 of what it will be asked for, and learns to read them instead of what they look like.
 
 Scenes (`init_scene_projector`) have no grid of tokens: there the first cross-attention is set so that every query
-looks at about one object, and the regression goes from the resampler's output to the words said of the object that the query
-looks at, and to its box.
+looks at about one object, and the regression goes from the resampler's output to the words said of the object that
+the query looks at, and to its box.
 """
 
 import math
