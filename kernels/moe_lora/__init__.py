@@ -9,9 +9,10 @@ which an `InstanceGate` makes; `save` and `load` keep the experts in a folder. `
 are for training the gate.
 By itself: `MoELoRALinear` is the layer, `linear` the op, `linear_group` the op for several linears of one x.
 What runs: `backends` and `explain` tell, and `python -m moe_lora` checks every backend on this machine. The environment
-variable MOE_LORA_BACKEND names the backend that "auto" takes.
+variable MOE_LORA_BACKEND names the backend that "auto" takes; `share_choices` has several ranks choose alike.
 """
 
+from moe_lora.backend.autotune import share_choices
 from moe_lora.backend.dispatch import backends, explain
 from moe_lora.checkpoint import load, save
 from moe_lora.config import MoELoRAConfig
@@ -38,4 +39,5 @@ __all__ = [
     "load_balancing_loss",
     "route",
     "save",
+    "share_choices",
 ]

@@ -7,15 +7,15 @@ member runs by its own choice.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_lora import ops
 from moe_lora.backend import dispatch
 from moe_lora.dropout import as_seed
-from moe_lora.ops import autocast_dtype, check, no_autocast
+from moe_lora.ops import autocast_dtype, check
 from moe_lora.routing import Plan, Routing
 
 _LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
@@ -76,21 +76,28 @@ def linear_group(
 
 def _forward(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed, backend):
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
+    lists = (weights, biases, lora_as, lora_bs)
 
-    def run(module: ModuleType | None):
-        if module is not None:
-            return module.forward_group(x, weights, biases, lora_as, lora_bs, plan)
-        found = []
-        for weight, bias, a, b in zip(weights, biases, lora_as, lora_bs, strict=True):
+    def attempt(candidate: dispatch.Candidate | None):
+        if candidate is not None:
+            return candidate.run("forward_group", x, *lists, plan)
+        return tuple(
+            zip(*(ops._forward(x, *member, *plan, backend) for member in zip(*lists, strict=True)), strict=True)
+        )
 
-            def alone(module, weight=weight, bias=bias, a=a, b=b):
-                return module.forward(x, weight, bias, a, b, plan)
+    def wrong(outputs):
+        ys, hs = outputs
+        T = x.shape[:-1].numel()
+        for y, h, weight, a in zip(ys, hs, weights, lora_as, strict=True):
+            reason = ops.not_like(y, (*x.shape[:-1], weight.shape[0]), x.dtype, "y")
+            reason = reason or ops.not_like(h, (T, experts.shape[1] * a.shape[2]), x.dtype, "h")
+            if reason:
+                return reason
+        return None
 
-            found.append(alone(dispatch.choose(backend, x, weight, a, plan, run=alone)))
-        return [y for y, _ in found], [h for _, h in found]
-
-    with no_autocast(x):
-        return run(dispatch.choose_group(backend, x, weights, lora_as, plan, run=run))
+    with ops.no_autocast(x):
+        ys, hs = dispatch.run_group(backend, x, weights, lora_as, plan, None, attempt, wrong)
+    return list(ys), list(hs)
 
 
 def _backward(
@@ -98,25 +105,28 @@ def _backward(
 ):  # the schema's order
     plan, members = Plan(experts, gates, offsets, scale, dropout, seed), len(weights)
     need_dx, need_dgates, need_das, need_dbs = needs[0], needs[1], needs[2 : 2 + members], needs[2 + members :]
+    lists = (dys, weights, lora_as, lora_bs, hs)
 
-    def run(module: ModuleType | None):
-        if module is not None:
-            return module.backward_group(dys, x, weights, lora_as, lora_bs, hs, plan, needs)
+    def attempt(candidate: dispatch.Candidate | None):
+        if candidate is not None:
+            return candidate.run("backward_group", dys, x, *lists[1:], plan, needs)
         found = []
-        for dy, weight, a, b, h, need_da, need_db in zip(
-            dys, weights, lora_as, lora_bs, hs, need_das, need_dbs, strict=True
-        ):
-            wanted = (need_dx, need_da, need_db, need_dgates)
-
-            def alone(module, dy=dy, weight=weight, a=a, b=b, h=h, wanted=wanted):
-                return module.backward(dy, x, weight, a, b, h, plan, wanted)
-
-            found.append(alone(dispatch.choose(backend, x, weight, a, plan, wanted, alone)))
+        for dy, weight, a, b, h, need_da, need_db in zip(*lists, need_das, need_dbs, strict=True):
+            wanted = [need_dx, need_da, need_db, need_dgates]
+            grads = ops._backward(dy, x, weight, a, b, h, *plan, backend, wanted)
+            found.append([grad if need else None for grad, need in zip(grads, wanted, strict=True)])
         dxs, das, dbs, dgates = zip(*found, strict=True)
         return _sum(dxs), das, dbs, _sum(dgates)
 
-    with no_autocast(x):
-        dx, das, dbs, dgates = run(dispatch.choose_group(backend, x, weights, lora_as, plan, tuple(needs), run))
+    def wrong(grads):
+        dx, das, dbs, dgates = grads
+        inputs = {"dx": x, "dgates": gates}
+        inputs |= {f"dA{m}": a for m, a in enumerate(lora_as)} | {f"dB{m}": b for m, b in enumerate(lora_bs)}
+        return ops.grads_not_like((dx, dgates, *das, *dbs), inputs, needs)
+
+    with ops.no_autocast(x):
+        grads = dispatch.run_group(backend, x, weights, lora_as, plan, tuple(needs), attempt, wrong)
+    dx, das, dbs, dgates = grads
 
     def filled(grad: Tensor | None) -> Tensor:
         return x.new_empty(0) if grad is None else grad

@@ -117,11 +117,16 @@ def check(
 def _forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
 
-    def run(module):
-        return module.forward(x, weight, bias, lora_a, lora_b, plan)
+    def attempt(candidate):
+        return candidate.run("forward", x, weight, bias, lora_a, lora_b, plan)
+
+    def wrong(outputs):
+        y, h = outputs
+        T, KR = x.shape[:-1].numel(), experts.shape[1] * lora_a.shape[2]
+        return not_like(y, (*x.shape[:-1], weight.shape[0]), x.dtype, "y") or not_like(h, (T, KR), x.dtype, "h")
 
     with no_autocast(x):
-        return run(dispatch.choose(backend, x, weight, lora_a, plan, run=run))
+        return dispatch.run(backend, dispatch.Request(x, weight, lora_a, plan), attempt, wrong)
 
 
 def _backward(
@@ -129,12 +134,33 @@ def _backward(
 ):  # the schema's order
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
 
-    def run(module):
-        return module.backward(dy, x, weight, lora_a, lora_b, h, plan, needs)
+    def attempt(candidate):
+        return candidate.run("backward", dy, x, weight, lora_a, lora_b, h, plan, needs)
+
+    def wrong(grads):
+        return grads_not_like(grads, {"dx": x, "dA": lora_a, "dB": lora_b, "dgates": gates}, needs)
 
     with no_autocast(x):
-        grads = run(dispatch.choose(backend, x, weight, lora_a, plan, tuple(needs), run))
+        request = dispatch.Request(x, weight, lora_a, plan, tuple(needs))
+        grads = dispatch.run(backend, request, attempt, wrong)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def not_like(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> str | None:
+    """What is wrong with a tensor that a backend returned."""
+    if isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype == dtype:
+        return None
+    got = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    return f"{name} that must be {tuple(shape)} {dtype}, got {got}"
+
+
+def grads_not_like(grads: Any, inputs: dict[str, Tensor], needs: Any) -> str | None:
+    """What is wrong with the gradients of these inputs, of which `needs` were wanted."""
+    if len(grads) != len(inputs):
+        return f"{len(grads)} gradients, not {len(inputs)}"
+    wanted = [item for item, need in zip(zip(grads, inputs.items(), strict=True), needs, strict=True) if need]
+    reasons = (not_like(grad, tuple(tensor.shape), tensor.dtype, name) for grad, (name, tensor) in wanted)
+    return next(filter(None, reasons), None)
 
 
 def _fake_forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):

@@ -1,9 +1,13 @@
-"""The fastest backend for a call on a GPU: timed at the first call of each bucket of shapes, then kept on disk.
+"""What was measured on this machine: the times of a call's candidates, by bucket of shapes, kept on disk.
 
-The file, `moe_lora/choices.json` in the user's cache folder, has for each device and set of versions the choice and the
-times in milliseconds of each bucket. It may be copied to other machines of the same kind. Nothing is timed while a CUDA
-graph is captured. In a distributed run neither times nor the file count, since ranks could differ in both: every rank
-takes the first backend that can run the call, in the order of `dispatch.py`.
+The file, `moe_lora/choices.json` in the user's cache folder, has for each device and set of versions the times in
+milliseconds of each bucket's candidates, or the reason why one cannot run it. It may be copied to other machines of the
+same kind. On a GPU the table has each bucket twice: as the host launches it, and replayed from a CUDA graph, which is
+what a call takes while a graph is captured. Nothing is timed during a capture.
+
+Of several ranks each chooses by the table that they have agreed on, and by rule what that table does not have, so that
+all choose alike; `share_choices` is where they agree. What a rank meets and the table lacks it times for itself, for
+the next `share_choices`. No layer's call waits for another rank.
 """
 
 import json
@@ -11,10 +15,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +28,24 @@ from torch import Tensor
 from moe_lora.routing import Plan
 
 _WARM_UP, _ROUNDS = 2, 7
-_choices: dict[str, dict[str, dict[str, float]]] = {}  # of the file, once read, and of this process
+_REPLAYED = "-replayed"
+_REASON_LENGTH = 200
+Times = dict[str, float | str]  # milliseconds of each candidate, or why it cannot run
+Tables = dict[str, dict[str, Times]]  # by machine and bucket
+
+
+@dataclass
+class State:
+    """What this process knows; `agreed` counts where there are several ranks."""
+
+    measured: Tables = field(default_factory=dict)
+    agreed: Tables = field(default_factory=dict)
+    failed: Tables = field(default_factory=dict)  # of this process, whether or not anything is timed
+    read: bool = False
+    changes: int = 0
+
+
+_state = State()
 
 
 def bucket(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None) -> str:
@@ -39,41 +62,87 @@ def bucket(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[b
 
 
 def applies(device: torch.device) -> bool:
-    """Whether the choice for this device goes by time: on one GPU, not where several ranks must choose alike."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return device.type == "cuda" and not (distributed and torch.distributed.get_world_size() > 1)
-
-
-def known(name: str, device: torch.device, candidates: list[str]) -> dict[str, float] | None:
-    """Milliseconds of each candidate, fastest first, if this bucket was timed with all of them."""
-    times = _table(device).get(name)
-    if times is None or not set(candidates) <= set(times):
-        return None
-    return dict(sorted(((each, times[each]) for each in candidates), key=lambda item: item[1]))
+    """Whether the choice for this device goes by time."""
+    return device.type == "cuda"
 
 
 def may_time(device: torch.device) -> bool:
     """Whether calls may be timed here and now."""
-    return applies(device) and not torch.cuda.is_current_stream_capturing()
+    return applies(device) and not capturing(device)
 
 
-def time_all(name: str, device: torch.device, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Time the candidates in turns, keep the medians and write them down; fastest first."""
-    for run in runs.values():
-        for _ in range(_WARM_UP):
-            run()
-    found: dict[str, list[float]] = {each: [] for each in runs}
-    for _ in range(_ROUNDS):
-        for each, run in runs.items():
-            found[each].append(milliseconds(run, device))
-    times = _table(device).setdefault(name, {})
-    times |= {each: round(statistics.median(all_times), 5) for each, all_times in found.items()}
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def generation(device: torch.device) -> object:
+    """Changes whenever the answers of this module for a device may."""
+    return id(_state), _state.changes, capturing(device)
+
+
+def known(name: str, device: torch.device, candidates: Sequence[str]) -> dict[str, float] | None:
+    """Milliseconds of each candidate that can run, fastest first, if this bucket was timed with all of them."""
+    if not applies(device):
+        return None
+    table = _tables("agreed" if _ranks() > 1 else "measured").get(_machine(device), {})
+    times = (table.get(name + _REPLAYED) if capturing(device) else None) or table.get(name)
+    if times is None or not set(candidates) <= set(times):
+        return None
+    numbers = {one: value for one in candidates if isinstance(value := times[one], (int, float))}
+    return dict(sorted(numbers.items(), key=lambda item: item[1])) or None
+
+
+def timed(name: str, device: torch.device, candidates: Sequence[object]) -> bool:
+    """Whether this process need not time the bucket: it has done so, or the ranks have agreed on it."""
+    names, machine = {str(candidate) for candidate in candidates}, _machine(device)
+    kinds = ("agreed", "measured") if _ranks() > 1 else ("measured",)
+    return any(names <= set(_tables(kind).get(machine, {}).get(name, {})) for kind in kinds)
+
+
+def time_all(
+    name: str,
+    device: torch.device,
+    runs: dict[str, Callable[[], object]],
+    wrong: Callable[[Any], str | None] = lambda _: None,
+) -> None:
+    """Time the candidates in turns, keep the medians and write them down; of one that cannot run, the reason.
+
+    Args:
+        name: the bucket.
+        runs: run the call by a candidate.
+        wrong: says what is wrong with what a run returned; None if nothing.
+    """
+    able = {}
+    for one, run in runs.items():
+        try:
+            reason = [wrong(run()) for _ in range(_WARM_UP)][-1]
+        except Exception as error:  # whatever a compiler, a driver or a kernel says
+            reason = reason_of(error)
+        if reason is None:
+            able[one] = run
+        else:
+            drop(name, device, one, reason)
+    _record(name, device, _medians(able, lambda run: milliseconds(run, device)))
+    graphs = {one: graph for one, run in able.items() if (graph := captured(run, device)) is not None}
+    if len(graphs) == len(able):
+        _record(name + _REPLAYED, device, _medians(graphs, lambda replay: milliseconds(replay, device)))
+    if _state.failed.get(_machine(device), {}).get(name):
+        _record(name, device, _state.failed[_machine(device)][name])
+        _record(name + _REPLAYED, device, _state.failed[_machine(device)][name])
     _write()
-    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def _medians(runs: dict[str, Any], clock: Callable[[Any], float]) -> Times:
+    found: dict[str, list[float]] = {one: [] for one in runs}
+    for _ in range(_ROUNDS):
+        for one, run in runs.items():
+            found[one].append(clock(run))
+    return {one: round(statistics.median(times), 5) for one, times in found.items()}
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one run, by the GPU's clock where there is one."""
+    """Time of one run, by the GPU's clock where there is one."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -87,15 +156,78 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """Replays a run from a CUDA graph, without the host's time; None where that cannot be."""
+    if device.type != "cuda":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            run()
+    except RuntimeError:  # a candidate that waits for the host
+        return None
+    graph.replay()
+    return graph.replay
+
+
+def drop(name: str, device: torch.device, candidate: str, reason: str) -> None:
+    """Leave a candidate out of a bucket from now on."""
+    _state.failed.setdefault(_machine(device), {}).setdefault(name, {})[candidate] = reason
+    _state.changes += 1
+
+
+def failures(name: str, device: torch.device) -> dict[str, str]:
+    """Why candidates of a bucket cannot run here."""
+    machine = _machine(device)
+    kinds = (_state.failed, *((_tables("measured"), _state.agreed) if applies(device) else ()))
+    entries = [item for table in kinds for item in table.get(machine, {}).get(name, {}).items()]
+    return {one: value for one, value in entries if isinstance(value, str)}
+
+
+def reason_of(error: Exception) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_REASON_LENGTH]}"
+
+
+def share_choices() -> None:
+    """Has all ranks choose kernels alike, by what was measured so far; a collective, so every rank must call it.
+
+    Call it before the first step, and again between steps when new shapes have come up: rank 0's times
+    count, then those of rank 1 for what rank 0 has not met, and so on. Without several ranks there is nothing to do.
+    """
+    if _ranks() == 1:
+        return
+    everyone: list[Any] = [None] * _ranks()
+    torch.distributed.all_gather_object(everyone, _tables("measured"))
+    agreed: Tables = {}
+    for tables in reversed(everyone):
+        for machine, table in tables.items():
+            agreed.setdefault(machine, {}).update(table)
+    _state.agreed = agreed
+    _state.changes += 1
+
+
 def path() -> Path:
-    """Of the file."""
+    """Where the table is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_lora" / "choices.json"
 
 
-def _table(device: torch.device) -> dict[str, dict[str, float]]:
-    if not _choices:
-        _choices.update(_read())
-    return _choices.setdefault(_machine(device), {})
+def _ranks() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _tables(kind: str) -> Tables:
+    if not _state.read:
+        _state.read = True
+        _state.measured = _read()
+    return getattr(_state, kind)
+
+
+def _record(name: str, device: torch.device, times: Times) -> None:
+    _tables("measured").setdefault(_machine(device), {}).setdefault(name, {}).update(times)
+    _state.changes += 1
 
 
 @cache
@@ -111,7 +243,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _read() -> dict[str, dict[str, dict[str, float]]]:
+def _read() -> Tables:
     try:
         return json.loads(path().read_text("utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -121,7 +253,7 @@ def _read() -> dict[str, dict[str, dict[str, float]]]:
 def _write() -> None:
     """All that the file has and all that is new, in one step, so that a reader never sees half a file."""
     merged = _read()
-    for machine, table in _choices.items():
+    for machine, table in _tables("measured").items():
         merged.setdefault(machine, {}).update(table)
     path().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path().parent, suffix=".tmp", delete=False) as file:

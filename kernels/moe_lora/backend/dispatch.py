@@ -1,17 +1,23 @@
-"""Which backend runs a call: the one named, or for "auto" the first that can; on a GPU the fastest, see `autotune.py`.
+"""Which backend runs a call, in which form: the one named, or for "auto" the fastest that works; see `autotune.py`.
 
 A backend is a module with
     unavailable() -> None or the reason why it cannot run on this machine
     refuses(x, weight, lora_a, plan) -> None or the reason why it cannot run this call
-    kernel(x, weight, lora_a, plan) -> (name of the kernel it would run, why that one)
-    forward(x, weight, bias, lora_a, lora_b, plan) -> y, h
-    backward(dy, x, weight, lora_a, lora_b, h, plan, needs) -> [dx, dA, dB, dgates], None where not needed
-with h [T, K·R] as `reference` defines it. "auto" takes one without `backward` for the
-forward alone. A backend that can run a group of linears of one x together also has
+    kernel(x, weight, lora_a, plan[, form]) -> (name of the kernel it would run, why that one)
+    forward(x, weight, bias, lora_a, lora_b, plan[, form]) -> y, h
+    backward(dy, x, weight, lora_a, lora_b, h, plan, needs[, form]) -> [dx, dA, dB, dgates], None where not needed
+with h [T, K·R] as `reference` defines it. "auto" takes one without `backward` for the forward alone. One that has
+several ways to run a call also has
+    candidates(x, weight, lora_a, plan, needs) -> the names of those ways, its rule's first; `form` is then one of them
+A backend that can run a group of linears of one x together also has
     refuses_group(x, weights, lora_as, plan) -> None or the reason why it cannot, or why that would not pay
-    forward_group(x, weights, biases, lora_as, lora_bs, plan) -> ys, hs
-    backward_group(dys, x, weights, lora_as, lora_bs, hs, plan, needs) -> dx, [dA], [dB], dgates
-with `needs` for x, the gates, each A, each B.
+    forward_group(x, weights, biases, lora_as, lora_bs, plan[, form]) -> ys, hs
+    backward_group(dys, x, weights, lora_as, lora_bs, hs, plan, needs[, form]) -> dx, [dA], [dB], dgates
+with `needs` for x, the gates, each A, each B. One whose answers change while the process runs has `generation()`, an
+object that changes with them.
+
+A candidate is a backend and a form, written "triton/split"; `backend=` takes either. For "auto" one that raises,
+or returns what it should not, is left out from then on, and the call goes on with the next.
 """
 
 import os
@@ -19,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -33,6 +40,40 @@ _BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
     "reference": reference,
 }
+_APART = "apart"  # of a group: each member by its own choice
+_MOST_MEMORIES = 4096
+
+
+class Candidate(NamedTuple):
+    """One way to run a call: a backend, and of one with several ways its form."""
+
+    name: str
+    form: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.form}" if self.form else self.name
+
+    @property
+    def module(self) -> Any:
+        return _BACKENDS[self.name]
+
+    def run(self, function: str, *arguments: Any) -> Any:
+        """A function of the backend, told the form if there are several."""
+        return getattr(self.module, function)(*arguments, *([self.form] if self.form else []))
+
+
+class Request(NamedTuple):
+    """What a choice depends on; `needs` is None for a forward."""
+
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    plan: Plan
+    needs: tuple[bool, ...] | None = None
+
+    @property
+    def bucket(self) -> str:
+        return autotune.bucket(*self)
 
 
 @dataclass(frozen=True)
@@ -68,9 +109,9 @@ def explain(
 
     Args:
         x, weight, lora_a, routing: as in `linear`; lists of weight and lora_a as in `linear_group`.
-        backend: "auto", or a name in `backends()`.
+        backend: "auto", a name in `backends()`, or one and a form, as "triton/split".
     Returns:
-        An `Explanation` with backend, kernel and why; prints as one line.
+        An `Explanation` with backend, kernel and why; prints as one line. Candidates that failed here are named.
     Raises:
         ValueError, TypeError: arguments disagree, there is no such backend, or it cannot run this call (says why).
     """
@@ -79,25 +120,27 @@ def explain(
             raise ValueError(
                 f"a group needs as many weights and lora_as, at least one, got {len(weight)} and {len(lora_a)}"
             )
-        for each, a in zip(weight, lora_a, strict=True):
-            _check(x, each, a, routing)
+        for member, a in zip(weight, lora_a, strict=True):
+            _check(x, member, a, routing)
         return _explain_group(x, weight, lora_a, routing, backend)
     _check(x, weight, lora_a, routing)
     assert isinstance(weight, Tensor) and isinstance(lora_a, Tensor)
-    plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None)
-    module = choose(backend, x, weight, lora_a, plan)
-    names = list(_BACKENDS)
-    found = names[list(_BACKENDS.values()).index(module)]
+    request = Request(x, weight, lora_a, Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None))
+    chosen = ordered(backend, request)[0]
     name, asked = _resolve(backend)
     if name != "auto":
         reasons = [f"{asked} asks for {name}"]
-    elif times := _known(x, weight, lora_a, plan):
-        reasons = ["forward timed here in ms: " + ", ".join(f"{each} {time:g}" for each, time in times.items())]
+    elif times := _known(request):
+        reasons = ["forward timed here in ms: " + ", ".join(f"{one} {time:g}" for one, time in times.items())]
     else:
-        before = names[: names.index(found)]
-        reasons = ["the first that can run", *(f"not {key}: {_reason(key, x, weight, lora_a, plan)}" for key in before)]
-    kernel, why = module.kernel(x, weight, lora_a, plan)
-    return Explanation(found, kernel, "; ".join([*reasons, why]))
+        before = list(_BACKENDS)[: list(_BACKENDS).index(chosen.name)]
+        refused = {key: _reason(key, x, weight, lora_a, request.plan) for key in before}
+        reasons = ["the first that can run", *(f"not {key}: {reason}" for key, reason in refused.items() if reason)]
+    if name == "auto":
+        failures = autotune.failures(request.bucket, x.device)
+        reasons += [f"left out {failed}: {reason}" for failed, reason in failures.items()]
+    kernel, why = chosen.run("kernel", x, weight, lora_a, request.plan)
+    return Explanation(chosen.name, kernel, "; ".join([*reasons, why]))
 
 
 def _check(x: object, weight: object, lora_a: object, routing: object) -> None:
@@ -120,80 +163,165 @@ def _explain_group(
     x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], routing: Routing, backend: str
 ) -> Explanation:
     plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, 0.0, None)
-    module = choose_group(backend, x, weights, lora_as, plan)
-    found, kernel, why = vars(explain(x, weights[0], lora_as[0], routing, backend)).values()
-    if module is None:
-        reason = _reason_group(found, x, weights, lora_as, plan) or "timed here, that is faster"
-        return Explanation(found, "one by one", f"{reason}; the first: {kernel}, {why}")
-    found = list(_BACKENDS)[list(_BACKENDS.values()).index(module)]
-    kernel, why = module.kernel(x, weights[0], lora_as[0], plan)
-    return Explanation(found, f"{len(weights)} together, {kernel}", why)
+    chosen = ordered_group(backend, x, weights, lora_as, plan)[0]
+    first, kernel, why = vars(explain(x, weights[0], lora_as[0], routing, backend)).values()
+    if chosen is None:
+        reason = _reason_group(first, x, weights, lora_as, plan) or "that is faster, by times or by rule"
+        return Explanation(first, "one by one", f"{reason}; the first: {kernel}, {why}")
+    kernel, why = chosen.run("kernel", x, weights[0], lora_as[0], plan)
+    return Explanation(chosen.name, f"{len(weights)} together, {kernel}", why)
 
 
-def choose(
+def run(
+    backend: str,
+    request: Request,
+    attempt: Callable[[Candidate], Any],
+    wrong: Callable[[Any], str | None],
+) -> Any:
+    """What the chosen candidate returns.
+
+    Args:
+        backend: "auto", a backend, or a candidate.
+        request: the call.
+        attempt: runs the call by a candidate.
+        wrong: says what is wrong with what that returned; None if nothing.
+    Raises:
+        ValueError: a named backend does not exist or cannot run this call.
+        Exception: whatever a named backend raises; with "auto", what the last candidate raised.
+    """
+    key = _key(backend, request)
+    chosen = _memory.get(key)
+    if chosen is not None:
+        return attempt(chosen)
+    x = request.x
+    if _resolve(backend)[0] != "auto":
+        chosen = ordered(backend, request)[0]
+        result = attempt(chosen)
+        _remember(key, chosen)
+        return result
+    able = ordered(backend, request)
+    if len(able) > 1 and autotune.may_time(x.device) and not autotune.timed(request.bucket, x.device, able):
+        runs = {str(candidate): partial(attempt, candidate) for candidate in able}
+        autotune.time_all(request.bucket, x.device, runs, wrong)
+        able = ordered(backend, request)
+    return _first_that_works(key, request.bucket, x, able, attempt, wrong)
+
+
+def run_group(
     backend: str,
     x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
     plan: Plan,
-    needs: tuple[bool, ...] | None = None,
-    run: Callable[[ModuleType], object] | None = None,
-) -> ModuleType:
-    """The backend's module; ValueError if a named one does not exist or cannot run this call.
+    needs: tuple[bool, ...] | None,
+    attempt: Callable[[Candidate | None], Any],
+    wrong: Callable[[Any], str | None],
+) -> Any:
+    """As `run`, of linears of one x: together by a candidate, or, for None, each by its own choice."""
+    able = ordered_group(backend, x, weights, lora_as, plan, needs)
+    if _resolve(backend)[0] != "auto" or len(able) == 1:
+        return attempt(able[0])
+    bucket, names = _group_bucket(x, weights, lora_as, plan, needs), [_together(candidate) for candidate in able]
+    if autotune.may_time(x.device) and not autotune.timed(bucket, x.device, names):
+        runs = {_together(candidate): partial(attempt, candidate) for candidate in able}
+        autotune.time_all(bucket, x.device, runs, wrong)
+        able = ordered_group(backend, x, weights, lora_as, plan, needs)
+    return _first_that_works(None, bucket, x, able, attempt, wrong)
 
-    `needs` is None for a forward. With `run`, which runs the call on a module, "auto" may time those that can.
-    """
+
+def _first_that_works(
+    key: tuple | None, bucket: str, x: Tensor, able: Sequence[Any], attempt: Callable, wrong: Callable
+) -> Any:
+    last: Exception | None = None
+    for candidate in able:
+        try:
+            result = attempt(candidate)
+            reason = wrong(result)
+        except Exception as error:  # whatever a compiler, a driver or a kernel says
+            last, reason = error, autotune.reason_of(error)
+        if reason is None:
+            if key is not None and last is None:
+                _remember(key, candidate)
+            return result
+        last = last or RuntimeError(f"{_together(candidate)} returned {reason}")
+        autotune.drop(bucket, x.device, _together(candidate), reason)
+    assert last is not None
+    raise last
+
+
+def ordered(backend: str, request: Request) -> list[Candidate]:
+    """The candidates for a call, the one to take first; ValueError if a named one does not exist or cannot run it."""
+    x, weight, lora_a, plan, needs = request
     name, asked = _resolve(backend)
-    if name != "auto":
-        if name not in _BACKENDS:
-            raise ValueError(f"{asked} must be auto or one of {', '.join(_BACKENDS)}, got {name!r}")
-        reason = _reason(name, x, weight, lora_a, plan)
-        if reason is not None:
-            of = "" if asked == "backend" else f" of {asked}"
-            raise ValueError(f"backend {name}{of} cannot run this call: {reason}")
-        if needs is not None and not differentiable(name):
-            raise ValueError(f"backend {name} has no backward: use backend='auto', or torch.no_grad()")
-        return _BACKENDS[name]
-    able = _able(x, weight, lora_a, plan, needs)
-    if len(able) == 1 or not autotune.applies(x.device):
-        return _BACKENDS[able[0]]
-    times = _known(x, weight, lora_a, plan, needs)
-    if not times and run is not None and autotune.may_time(x.device):
-        runs = {each: partial(run, _BACKENDS[each]) for each in able}
-        times = autotune.time_all(autotune.bucket(x, weight, lora_a, plan, needs), x.device, runs)
-    return _BACKENDS[next(iter(times)) if times else able[0]]
+    if name == "auto":
+        able = _able(request)
+        times = autotune.known(request.bucket, x.device, [str(candidate) for candidate in able])
+        return sorted(able, key=lambda candidate: list(times).index(str(candidate))) if times else able
+    name, _, form = name.partition("/")
+    if name not in _BACKENDS:
+        raise ValueError(f"{asked} must be auto or one of {', '.join(_BACKENDS)}, got {name!r}")
+    reason, of = _reason(name, x, weight, lora_a, plan), "" if asked == "backend" else f" of {asked}"
+    if reason is not None:
+        raise ValueError(f"backend {name}{of} cannot run this call: {reason}")
+    if needs is not None and not differentiable(name):
+        raise ValueError(f"backend {name} has no backward: use backend='auto', or torch.no_grad()")
+    forms = _forms(name, request)
+    if form and form not in forms and needs is None:
+        one_of = ", ".join(filter(None, forms)) or "none, it has one way only"
+        raise ValueError(f"backend {name}{of} cannot run this call as {form!r}; of its forms can: {one_of}")
+    # a form that the backward does not have leaves that to the rule
+    return [Candidate(name, form if form in forms else forms[0])]
 
 
-def choose_group(
+def ordered_group(
     backend: str,
     x: Tensor,
     weights: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     plan: Plan,
     needs: tuple[bool, ...] | None = None,
-    run: Callable[[ModuleType | None], object] | None = None,
-) -> ModuleType | None:
-    """The backend that runs these linears of one x together; None if each is to run by its own choice."""
-    name, _ = _resolve(backend)
-    for each in _BACKENDS if name == "auto" else (name,):
-        if _reason_group(each, x, weights, lora_as, plan) is None:
+) -> list[Candidate | None]:
+    """As `ordered`, of linears of one x together; None is each by its own choice."""
+    named, _ = _resolve(backend)
+    name, _, form = named.partition("/")
+    request, able = Request(x, weights[0], lora_as[0], plan, needs), list[Candidate | None]()
+    for one in _BACKENDS if name == "auto" else (name,):
+        if _reason_group(one, x, weights, lora_as, plan) is None:
+            forms = [each for each in _forms(one, request, group=True) if not form or each == form]
+            able += [Candidate(one, each) for each in forms]
             break
-    else:
-        return None
-    if name != "auto" or not autotune.applies(x.device):
-        return _BACKENDS[each]
+    if name != "auto":
+        return able[:1] or [None]
+    able.append(None)
+    names = [_together(candidate) for candidate in able]
+    bucket = _group_bucket(x, weights, lora_as, plan, needs)
+    failed = autotune.failures(bucket, x.device)
+    able = [candidate for candidate in able if candidate is None or _together(candidate) not in failed]
+    if times := autotune.known(bucket, x.device, names):
+        return sorted(able, key=lambda candidate: list(times).index(_together(candidate)))
+    # by rule apart, where a backend that has no groups would take each member before the one that has
+    if len(able) > 1 and needs is None:
+        first = [_able(Request(x, weight, a, plan))[0].name for weight, a in zip(weights, lora_as, strict=True)]
+        order = list(_BACKENDS)
+        if all(order.index(one) < order.index(able[0].name) for one in first if able[0] is not None):
+            able = [None, *able[:-1]]
+    return able
+
+
+def _together(candidate: Candidate | None) -> str:
+    return _APART if candidate is None else str(candidate)
+
+
+def _group_bucket(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan, needs: tuple[bool, ...] | None
+) -> str:
     members = zip(weights, lora_as, strict=True)
-    bucket = "+".join(autotune.bucket(x, weight, lora_a, plan, needs) for weight, lora_a in members)
-    times = autotune.known(bucket, x.device, ["together", "apart"])
-    if not times and run is not None and autotune.may_time(x.device):
-        runs = {"together": partial(run, _BACKENDS[each]), "apart": partial(run, None)}
-        times = autotune.time_all(bucket, x.device, runs)
-    return None if times and next(iter(times)) == "apart" else _BACKENDS[each]
+    return "+".join(autotune.bucket(x, weight, lora_a, plan, needs) for weight, lora_a in members)
 
 
 def _reason_group(name: str, x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
     """Why this backend does not run the group together."""
-    module = _BACKENDS.get(name)
+    module: Any = _BACKENDS.get(name)
     if module is None or not hasattr(module, "forward_group"):
         return "it runs the members one after the other"
     for weight, lora_a in zip(weights, lora_as, strict=True):
@@ -204,22 +332,39 @@ def _reason_group(name: str, x: Tensor, weights: Sequence[Tensor], lora_as: Sequ
 
 def differentiable(name: str) -> bool:
     """Whether a backend has a backward; "auto" always finds one."""
-    return name == "auto" or hasattr(_BACKENDS[name], "backward")
+    return name == "auto" or hasattr(_BACKENDS[name.partition("/")[0]], "backward")
 
 
-def _able(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None) -> list[str]:
-    able = [name for name in _BACKENDS if _reason(name, x, weight, lora_a, plan) is None]
-    return [name for name in able if needs is None or differentiable(name)]
+def forms(name: str, x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, ...]:
+    """Every way in which a backend can run the forward of a call, as `backend=` takes them."""
+    return tuple(str(Candidate(name, form)) for form in _forms(name, Request(x, weight, lora_a, plan)))
 
 
-def _known(
-    x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None
-) -> dict[str, float] | None:
+def _forms(name: str, request: Request, group: bool = False) -> tuple[str, ...]:
+    """The backend's ways to run a call, its rule's first; the empty name where there is one only."""
+    module: Any = _BACKENDS[name]
+    if not hasattr(module, "candidates"):
+        return ("",)
+    return module.candidates_group(*request) if group else module.candidates(*request)
+
+
+def _able(request: Request) -> list[Candidate]:
+    """All that can run the call and have not failed to, in the order of the rule."""
+    x, weight, lora_a, plan, needs = request
+    names = [name for name in _BACKENDS if _reason(name, x, weight, lora_a, plan) is None]
+    found = [
+        Candidate(name, form)
+        for name in names
+        if needs is None or differentiable(name)
+        for form in _forms(name, request)
+    ]
+    failed = autotune.failures(request.bucket, x.device)
+    return [candidate for candidate in found if str(candidate) not in failed] or found[-1:]
+
+
+def _known(request: Request) -> dict[str, float] | None:
     """Times of all that can run the call, fastest first, if all were timed."""
-    if not autotune.applies(x.device):
-        return None
-    able = _able(x, weight, lora_a, plan, needs)
-    return autotune.known(autotune.bucket(x, weight, lora_a, plan, needs), x.device, able)
+    return autotune.known(request.bucket, request.x.device, [str(candidate) for candidate in _able(request)])
 
 
 def _resolve(backend: str) -> tuple[str, str]:
@@ -231,3 +376,36 @@ def _resolve(backend: str) -> tuple[str, str]:
 
 def _reason(name: str, x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None:
     return _BACKENDS[name].unavailable() or _BACKENDS[name].refuses(x, weight, lora_a, plan)
+
+
+_memory: dict[tuple, Candidate] = {}  # what was chosen for a call, once it worked
+
+
+def _key(backend: str, request: Request) -> tuple:
+    """All that a choice depends on, quick to make."""
+    x, weight, lora_a, plan, needs = request
+    return (
+        _resolve(backend)[0],
+        x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15,
+        weight.shape, weight.stride(), weight.data_ptr() & 15, lora_a.shape, lora_a.stride(), lora_a.dtype,
+        plan.experts.shape, plan.offsets is None, plan.dropout > 0, needs,
+        autotune.generation(x.device), *[module.generation() for module in _changing(_BACKENDS)],
+    )  # fmt: skip
+
+
+def _changing(modules: dict[str, ModuleType]) -> list[Any]:
+    """The backends whose answers change while the process runs."""
+    global _changing_of
+    if _changing_of[0] is not modules:
+        _memory.clear()
+        _changing_of = modules, [module for module in modules.values() if hasattr(module, "generation")]
+    return _changing_of[1]
+
+
+_changing_of: tuple[dict[str, ModuleType] | None, list[Any]] = None, []
+
+
+def _remember(key: tuple, chosen: Candidate) -> None:
+    if len(_memory) >= _MOST_MEMORIES:
+        _memory.clear()
+    _memory[key] = chosen

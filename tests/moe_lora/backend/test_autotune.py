@@ -30,7 +30,7 @@ def log(monkeypatch, tmp_path):
     """Three backends with scripted times; the device is the CPU, taken for one where time decides."""
     log = []
     monkeypatch.setattr(dispatch, "_BACKENDS", {name: backend(name, log) for name in TIMES})
-    monkeypatch.setattr(autotune, "_choices", {})
+    monkeypatch.setattr(autotune, "_state", autotune.State())
     monkeypatch.setattr(autotune, "applies", lambda device: True)
     monkeypatch.setattr(autotune, "may_time", lambda device: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -68,7 +68,7 @@ def test_backward_is_timed_for_itself(log):
 def test_choice_survives_the_process(log, monkeypatch):
     moe_lora.linear(*arguments())
     del log[:]
-    monkeypatch.setattr(autotune, "_choices", {})
+    monkeypatch.setattr(autotune, "_state", autotune.State())
     moe_lora.linear(*arguments())
     assert log == ["quick"]
     (machine,) = json.loads(autotune.path().read_text())
@@ -107,20 +107,105 @@ def test_may_time(monkeypatch):
     assert not autotune.may_time(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert autotune.may_time(device)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert not autotune.may_time(device) and not autotune.applies(device)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not autotune.may_time(device)
 
 
-def test_ranks_choose_alike_whatever_their_files_say(log, monkeypatch):
+BAD = {
+    "raises": lambda *_: 1 / 0,
+    "returns nothing": lambda *_: None,
+    "returns y alone": lambda x, weight, *_: (x.new_zeros(*x.shape[:-1], weight.shape[0]), x.new_zeros(3)),
+    "returns a wrong dtype": lambda *call: tuple(one.double() for one in reference.forward(*call)),
+}
+
+
+@pytest.mark.parametrize("times", [True, False], ids=["timed", "by rule"])
+@pytest.mark.parametrize("bad", BAD)
+def test_candidate_that_fails_is_left_out_and_named(bad, times, log, monkeypatch):
+    monkeypatch.setattr(autotune, "may_time", lambda device: times)
+    for name in ("slow", "quick"):
+        dispatch._BACKENDS[name].forward = BAD[bad]
+    x, weight, _, lora_a, _, routing = inputs = arguments()
+    y = moe_lora.linear(*inputs)
+    assert torch.equal(y, moe_lora.linear(*inputs, backend="reference"))
+    found = moe_lora.explain(x, weight, lora_a, routing)
+    assert found.backend == "reference" and "left out slow: " in found.why
+    assert "ZeroDivisionError: division by zero" in found.why or bad != "raises"
+    log.clear()
+    moe_lora.linear(*inputs)
+    assert log == ["reference"]
+
+
+@pytest.mark.parametrize("times", [True, False], ids=["timed", "by rule"])
+@pytest.mark.parametrize("bad", [lambda *_: 1 / 0, lambda *_: [torch.ones(2)] * 4], ids=["raises", "wrong shapes"])
+def test_training_goes_on_when_a_backward_fails(bad, times, log, monkeypatch):
+    monkeypatch.setattr(autotune, "may_time", lambda device: times)
+    for name in ("slow", "quick"):
+        dispatch._BACKENDS[name].backward = bad
+    inputs = arguments()
+    leaves = [inputs[0].requires_grad_(), inputs[3].requires_grad_(), inputs[4].requires_grad_()]
+    grads = torch.autograd.grad(moe_lora.linear(*inputs).sum(), leaves)
+    wanted = torch.autograd.grad(moe_lora.linear(*inputs, backend="reference").sum(), leaves)
+    assert all(torch.equal(one, two) for one, two in zip(grads, wanted, strict=True))
+    assert log[-1] == "reference back"
+
+
+def test_last_candidate_raises_what_it_says(log, monkeypatch):
+    for module in dispatch._BACKENDS.values():
+        module.forward = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        moe_lora.linear(*arguments())
+
+
+def test_failure_survives_the_process(log, monkeypatch):
+    dispatch._BACKENDS["quick"].forward = BAD["raises"]
     moe_lora.linear(*arguments())
+    monkeypatch.setattr(autotune, "_state", autotune.State())
+    del log[:]
+    moe_lora.linear(*arguments())
+    assert log == ["reference"]
+
+
+def test_named_backend_that_fails_raises(log):
+    dispatch._BACKENDS["quick"].forward = BAD["raises"]
+    with pytest.raises(ZeroDivisionError):
+        moe_lora.linear(*arguments(), backend="quick")
+
+
+def test_forms_of_a_backend_are_timed_each(log, monkeypatch):
+    def forward(*call):
+        log.append(f"slow/{call[-1]}")
+        return reference.forward(*call[:-1])
+
+    slow = dispatch._BACKENDS["slow"]
+    slow.candidates, slow.forward = lambda *_: ("one", "two"), forward
+    slow.kernel = lambda *call: (call[-1], "why")
+    monkeypatch.setattr(autotune, "milliseconds", lambda run, _: run() and {"slow/two": 0.1}.get(log[-1], 1.0))
+    x, weight, _, lora_a, _, routing = inputs = arguments()
+    moe_lora.linear(*inputs)
+    assert log[-1] == "slow/two" and moe_lora.explain(x, weight, lora_a, routing).kernel == "two"
+    moe_lora.linear(*inputs, backend="slow")
+    assert log[-1] == "slow/one"
+    moe_lora.linear(*inputs, backend="slow/two")
+    assert log[-1] == "slow/two"
+    with pytest.raises(ValueError, match="cannot run this call as 'three'; of its forms can: one, two"):
+        moe_lora.linear(*inputs, backend="slow/three")
+    with pytest.raises(ValueError, match="of its forms can: none, it has one way only"):
+        moe_lora.linear(*inputs, backend="quick/one")
+
+
+def test_captured_calls_go_by_replayed_times(log, monkeypatch):
+    x, weight, _, lora_a, _, routing = inputs = arguments()
+    moe_lora.linear(*inputs)
+    plan = moe_lora.ops.Plan(routing.experts, routing.gates, None, 1.0, 0.0, None)
+    name = autotune.bucket(x, weight, lora_a, plan)
+    autotune._record(name + autotune._REPLAYED, x.device, {"slow": 0.1, "quick": 0.2, "reference": 0.3})
+    monkeypatch.setattr(autotune, "may_time", lambda device: False)
+    moe_lora.linear(*inputs)
     assert log[-1] == "quick"
-    monkeypatch.setattr(autotune, "applies", lambda device: False)  # as on a GPU among others
-    moe_lora.linear(*arguments())
-    assert log[-1] == "slow"  # the first in order
+    monkeypatch.setattr(autotune, "capturing", lambda device: True)
+    moe_lora.linear(*inputs)
+    assert log[-1] == "slow"
 
 
 def test_forward_alone_is_not_asked_for_a_backward(log, monkeypatch):

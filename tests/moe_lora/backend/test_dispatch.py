@@ -19,7 +19,10 @@ def fake(unavailable=None, refuses=None):
         unavailable=lambda: unavailable,
         refuses=lambda x, *_: refuses if x.shape[-2] < 3 else None,
         kernel=lambda *_: ("tile", "it is fast"),
-        forward=lambda x, weight, *_: (x.new_zeros(*x.shape[:-1], weight.shape[0]), x.new_zeros(0)),
+        forward=lambda x, weight, bias, lora_a, lora_b, plan: (
+            x.new_zeros(*x.shape[:-1], weight.shape[0]),
+            x.new_zeros(x.shape[:-1].numel(), plan.experts.shape[1] * lora_a.shape[2]),
+        ),
     )
 
 
@@ -111,7 +114,7 @@ def test_packed_rows_are_told():
 def test_self_check_passes_and_prints_a_table(capsys):
     assert main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "all right" and any(line.startswith("reference  cpu    bfloat16") for line in lines)
+    assert lines[-1] == "all right" and any(line.split()[:3] == ["reference", "cpu", "bfloat16"] for line in lines)
 
 
 def test_self_check_sees_a_wrong_backend(monkeypatch, capsys):
@@ -122,3 +125,16 @@ def test_self_check_sees_a_wrong_backend(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "_BACKENDS", {"reference": wrong})
     assert main() == 1
     assert "WRONG" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_self_check_names_what_cannot_run(monkeypatch, capsys):
+    def forward(*_):
+        raise RuntimeError("out of resource: shared memory")
+
+    broken = SimpleNamespace(**{name: getattr(reference, name) for name in ("unavailable", "refuses", "kernel")})
+    broken.forward = forward
+    monkeypatch.setattr(dispatch, "_BACKENDS", {"broken": broken, "reference": reference})
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("LEFT OUT: RuntimeError: out of resource: shared memory" in line for line in lines) == 12
+    assert lines[-2:] == ["12 cannot run on this device: auto goes on without them", "all right"]
