@@ -10,16 +10,23 @@ from torch import Tensor, nn
 
 from moe_lora.layers import MoELoRALinear
 from moe_lora.routing import Routing
-from moe_lora.slot import RouteSlot
+from moe_lora.slot import Entry, RouteSlot
 
 
 @contextmanager
 def route(model: nn.Module, routing: Routing) -> Iterator[None]:
-    """Within it, the experts of `model` use `routing`, in this thread; the innermost of nested ones counts.
+    """Within it, the experts of `model` use `routing`; the innermost of nested ones counts.
+
+    It holds for the asyncio task or thread that enters it, for tasks that are started within it, and in a generator
+    for that generator alone, so that requests which take turns never see each other's. It may be left in another
+    thread than it was entered in.
 
     Holds for `model.generate` with beams and num_return_sequences too, and for what gradient checkpointing of
     transformers (`model.gradient_checkpointing_enable()`) recomputes later, in backward. What `torch.utils.checkpoint`
     itself recomputes has no routing unless backward runs within it too, in this thread.
+
+    If requests take turns on a compiled model, give this the compiled one, `route(torch.compile(model), ...)`, or
+    compile in place with `model.compile()`; a compiled function that calls the model by itself is not seen.
 
     Args:
         model: a model with experts, or one that holds it, as DDP or torch.compile do.
@@ -30,16 +37,30 @@ def route(model: nn.Module, routing: Routing) -> Iterator[None]:
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
-    slot = _prepare(model)
-    before, slot.routing = slot.routing, routing
+    slot = prepare(model)
+    with enter(slot, routing):
+        yield
+
+
+@contextmanager
+def enter(slot: RouteSlot, routing: Routing) -> Iterator[None]:
+    """`route` for the layers of a slot."""
+    before, entry = slot.routing, Entry(slot, routing)
+    entry.enter()
+    if torch.compiler.is_compiling():
+        slot.routing = routing
     try:
         yield
     finally:
-        slot.routing, slot.siblings, slot.copied = before, None, None  # siblings that a failed forward left
+        slot.siblings, slot.copied = None, None  # siblings that a failed forward left
+        if torch.compiler.is_compiling():
+            slot.routing = before
+        else:
+            entry.leave()
 
 
-def _prepare(model: nn.Module) -> RouteSlot:
-    """The slot of the model's layers; also makes its gradient checkpointing carry the routing."""
+def prepare(model: nn.Module) -> RouteSlot:
+    """The slot of the model's layers; also makes its checkpointing carry the routing, and compiled parts see it."""
     slots, checkpointed = set(), []
     for module in model.modules():
         if isinstance(module, MoELoRALinear):
@@ -53,7 +74,26 @@ def _prepare(model: nn.Module) -> RouteSlot:
     slot = slots.pop()
     for module in checkpointed:
         module._gradient_checkpointing_func = _RoutedCheckpoint(module._gradient_checkpointing_func, slot)
+    if not torch.compiler.is_compiling():
+        for module in model.modules():
+            compiled = module._compiled_call_impl  # of module.compile()
+            if compiled is not None and not isinstance(compiled, _Synced):
+                module._compiled_call_impl = _Synced(compiled, slot)
+        if "_orig_mod" in model._modules and not isinstance(model.forward, _Synced):  # torch.compile(module)
+            model.forward = _Synced(model.forward, slot)
     return slot
+
+
+class _Synced:
+    """Compiled code that sees the routing of the context which calls it."""
+
+    def __init__(self, compiled: Callable[..., Any], slot: RouteSlot):
+        self.compiled, self.slot = compiled, slot
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self.slot.sync()
+        return self.compiled(*args, **kwargs)
 
 
 class _RoutedCheckpoint:
@@ -67,7 +107,7 @@ class _RoutedCheckpoint:
         self.checkpoint, self.slot = checkpoint, slot
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing = self.slot.routing
+        routing = self.slot.current()
         if routing is None:
             return self.checkpoint(function, *args, **kwargs)
         gates = routing.gates
@@ -80,8 +120,5 @@ class _RoutedCheckpoint:
 def _under(
     slot: RouteSlot, routing: Routing, function: Callable[..., Any], gates: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    before, slot.routing = slot.routing, routing.with_gates(gates)
-    try:
+    with enter(slot, routing.with_gates(gates)):
         return function(*args, **kwargs)
-    finally:
-        slot.routing = before

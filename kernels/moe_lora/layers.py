@@ -64,7 +64,7 @@ class MoELoRALinear(nn.Module):
             ValueError, TypeError: as `moe_lora.linear`.
         """
         if routing is None:
-            routing = self.slot.routing
+            routing = self.slot.current()
             if routing is None:
                 raise RuntimeError(
                     "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in "
