@@ -32,7 +32,7 @@ build: .venv/ready
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv .venv || \
 	  { echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel torch || \
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel pybind11 torch || \
 	  { echo "torch could not be installed: is a package index reachable, and are 5 GB free?"; exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[octavius,dev]' -e ./tools/ptxemu
 	@touch $@

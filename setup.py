@@ -1,89 +1,122 @@
-"""Builds the packages moe_lora (in kernels/) and octavius, and from csrc/ the native moe_lora._C and moe_lora._cuda.
+"""Builds moe_lora._C from csrc/cpu and moe_lora._cuda from csrc/cuda; all else is in pyproject.toml.
 
-MOE_LORA_BUILD=auto  what the compilers and torch at hand can build; a failed compile only warns (default)
+MOE_LORA_BUILD=auto  what the compilers at hand can build; what cannot be built only warns (default)
 MOE_LORA_BUILD=none  nothing
 MOE_LORA_BUILD=cpu   moe_lora._C, or fail
-MOE_LORA_BUILD=cuda  both, or fail: needs nvcc and a torch for CUDA
+MOE_LORA_BUILD=cuda  both, or fail
+
+Neither needs torch. Where moe_lora._C is missing, moe_lora/_build.txt says why, and `moe_lora.backends()` shows it.
 """
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+MODES = ("auto", "none", "cpu", "cuda")
+MODE = os.environ.get("MOE_LORA_BUILD", "auto")
+# GCC 12 warns of its own AVX-512 headers.
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+ARCHITECTURES = ("80", "90", "100", "120")  # of those, the ones that nvcc knows
 
 
-def native_extensions():
-    build = os.environ.get("MOE_LORA_BUILD", "auto")
-    if build not in ("auto", "none", "cpu", "cuda"):
-        raise SystemExit(f"MOE_LORA_BUILD must be auto, none, cpu or cuda, got {build!r}")
-    if build == "none":
-        return {}
-    try:
-        import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-    except ModuleNotFoundError:
-        if build != "auto":
-            raise
-        print("moe_lora: no torch in the build environment, so no native code; use --no-build-isolation")
-        return {}
-    sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-    if not sources:
-        raise SystemExit("csrc/cpu must hold the sources of moe_lora._C, found none")
-    # GCC 12 warns of its own AVX-512 headers
-    flags = ["-O3", "-g0", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-    extensions = [
-        CppExtension(
-            "moe_lora._C",
-            sources,
-            depends=sorted(map(str, Path("csrc/cpu").glob("*.h"))),
-            extra_compile_args=flags,
-            optional=build == "auto",
-        )
-    ]
-    able = torch.version.cuda is not None and CUDA_HOME is not None
-    if build == "cuda" and not able:
-        found = f"torch {torch.__version__} and {f'CUDA in {CUDA_HOME}' if CUDA_HOME else 'no nvcc'}"
-        raise SystemExit(f"MOE_LORA_BUILD=cuda needs nvcc and a torch for CUDA, found {found}")
-    if able and build != "cpu":  # a plain library, opened by its path: moe_lora/cuda.py
-        flags = {"cxx": [], "nvcc": ["-O3"]}
-        kernels = ["csrc/cuda/decode.cu"]
-        extensions.append(CUDAExtension("moe_lora._cuda", kernels, extra_compile_args=flags, optional=build == "auto"))
-    # with ninja, torch's BuildExtension would not honour `optional`
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
+def nvcc() -> str | None:
+    """Path of NVIDIA's compiler: in CUDA_HOME, on PATH, or where it is usually installed."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
 
 
-setup(
-    name="octavius-moe-lora",
-    version="0.1.0",
-    description="LoRA experts routed once per instance, in one op, and the multimodal model that needs them",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    package_dir={"": ".", "moe_lora": "kernels/moe_lora"},
-    packages=find_packages("kernels") + find_packages(".", include=["octavius*"]),
-    package_data={"octavius": ["configs/*.yaml", "report/*.jinja"]},
-    install_requires=["torch>=2.10", "safetensors"],
-    extras_require={
-        "octavius": [
-            "accelerate",
-            "efficientnet-lite-pytorch",
-            "gguf",
-            "jinja2",
-            "matplotlib",
-            "numpy",
-            "pillow",
-            "pycocoevalcap",
-            "pyyaml",
-            "resvg-py",
-            "rich",
-            "scikit-learn",
-            "scipy",
-            "tensorboard",
-            "transformers>=5",
-            "trimesh",
-            "typer",
-        ],
-        "dev": ["hypothesis", "peft", "pyright", "pytest", "ruff", "triton; platform_system == 'Linux'"],
-    },
-    entry_points={"console_scripts": ["octavius = octavius.cli:main"]},
-    **native_extensions(),
-)
+def extensions() -> list[Extension]:
+    """Extensions to try in this mode."""
+    if MODE not in MODES:
+        raise SystemExit(f"MOE_LORA_BUILD must be auto, none, cpu or cuda, got {MODE!r}")
+    if MODE == "none":
+        return []
+    cpu, cuda = sorted(Path("csrc/cpu").glob("*.cpp")), Path("csrc/cuda/decode.cu")
+    if not cpu or not cuda.exists():
+        raise SystemExit("csrc/cpu and csrc/cuda must hold the sources of the native kernels, found none")
+    headers = sorted(map(str, Path("csrc/cpu").glob("*.h")))
+    native = Extension("moe_lora._C", [*map(str, cpu)], depends=headers, extra_compile_args=FLAGS, language="c++")
+    if MODE == "cuda" or (MODE == "auto" and nvcc()):
+        return [native, Extension("moe_lora._cuda", [str(cuda)])]
+    return [native]
+
+
+def record(command: Command, reason: str | None) -> None:
+    """Write moe_lora/_build.txt, why there is no moe_lora._C, or remove it."""
+    inplace = command.editable_mode or getattr(command, "inplace", False)
+    path = Path("kernels" if inplace else command.build_lib, "moe_lora", "_build.txt")
+    if reason is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(reason + "\n")
+
+
+class BuildPackages(build_py):
+    """Copies the packages; a build without native kernels says so in them."""
+
+    def run(self) -> None:
+        """Copy, and record that nothing native was asked for."""
+        super().run()
+        if MODE == "none":
+            record(self, "MOE_LORA_BUILD=none left the native kernels out")
+
+
+class BuildNative(build_ext):
+    """Builds what can be built; in mode auto a failure becomes a warning and a line of moe_lora/_build.txt."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension with the compiler that it needs."""
+        if ext.name == "moe_lora._C":
+            record(self, None)
+        try:
+            self._build_cuda(ext) if ext.name == "moe_lora._cuda" else self._build_cpu(ext)
+        except Exception as error:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an older one would not fit these sources
+            if MODE != "auto":
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"WARNING: {ext.name} is not built: {reason}", file=sys.stderr)
+            if ext.name == "moe_lora._C":
+                record(self, reason)
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy what was built beside the sources, for an editable installation."""
+        built = [ext for ext in self.extensions if Path(self.build_lib, self.get_ext_filename(ext.name)).exists()]
+        self.extensions, every = built, self.extensions
+        super().copy_extensions_to_source()
+        self.extensions = every
+
+    def _build_cpu(self, ext: Extension) -> None:
+        try:
+            import pybind11
+        except ModuleNotFoundError:
+            raise RuntimeError("pybind11 is not in the build environment: pip install pybind11") from None
+        ext.include_dirs.append(pybind11.get_include())
+        command = getattr(self.compiler, "compiler_cxx", None) or getattr(self.compiler, "compiler", None) or ["cl"]
+        if command[0] != "cl" and shutil.which(command[0]) is None:
+            raise RuntimeError(f"no C++ compiler: {command[0]} was not found")
+        super().build_extension(ext)
+
+    def _build_cuda(self, ext: Extension) -> None:
+        compiler = nvcc()
+        if compiler is None:
+            raise RuntimeError("MOE_LORA_BUILD=cuda needs nvcc, in CUDA_HOME or on PATH, found none")
+        listed = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+        known = [number for number in ARCHITECTURES if f"sm_{number}" in listed.split()]
+        targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
+        targets.append(f"-gencode=arch=compute_{known[0]},code=compute_{known[0]}")  # PTX for what comes later
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-O3", "-shared", "-Xcompiler", "-fPIC", "--threads", "0"]
+        subprocess.run([compiler, *flags, *targets, *ext.sources, "-o", str(output)], check=True)
+
+
+commands = {"build_ext": BuildNative, "build_py": BuildPackages}
+setup(ext_modules=extensions(), cmdclass=commands)

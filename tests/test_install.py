@@ -18,7 +18,7 @@ from octavius.config import PRESETS, load_config
 for package in (moe_lora, octavius):
     print(package.__file__)
 print(*sorted(path.stem for path in PRESETS.glob("*.yaml")))
-print(load_config("demo").model.lora.num_experts, (files("octavius") / "report.html.jinja").is_file())
+print(load_config("demo").model.lora.num_experts, (files("octavius") / "report/report.html.jinja").is_file())
 """
 
 
@@ -70,7 +70,7 @@ def test_nothing_else_is_installed(site):
 
 def test_metadata(site):
     (found,) = importlib.metadata.distributions(path=[str(site)])
-    assert found.metadata["Requires-Python"] == ">=3.11" and "Apache-2.0" in found.metadata["License"]
+    assert found.metadata["Requires-Python"] == ">=3.11" and "Apache-2.0" in found.metadata["License-Expression"]
     required = {text for text in found.requires or () if "extra ==" not in text}
     assert {text.partition(">")[0] for text in required} == {"torch", "safetensors"}
     assert set(found.metadata.get_all("Provides-Extra") or ()) >= {"octavius", "dev"}

@@ -1,21 +1,12 @@
 // What the kernels take of a call.
 #include "call.h"
 
-#include <ATen/ops/from_blob.h>
-
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 namespace moe_lora {
 namespace {
-
-std::optional<Kind> kind_of(const Tensor& p) {
-  switch (p.scalar_type()) {
-    case at::kFloat: return Kind::kFloat;
-    case at::kBFloat16: return Kind::kBf16;
-    case at::kHalf: return Kind::kFp16;
-    default: return std::nullopt;
-  }
-}
 
 double drop_threshold(double p) { return std::min<double>(std::nearbyint(p * 65536), 65535); }
 
@@ -25,31 +16,24 @@ uint32_t mix(uint32_t z) {
   return z ^ (z >> 16);
 }
 
-std::vector<int32_t> values(const Tensor& tensor) {
-  const Tensor whole = tensor.contiguous();
-  return {data<int32_t>(whole), data<int32_t>(whole) + whole.numel()};
-}
-
 }  // namespace
 
-Source source(const Tensor& p, bool sum_last, const int32_t* used) {
-  const bool last = p.stride(-1) == 1;
-  const int64_t expert_stride = p.dim() == 3 ? p.stride(0) : 0;
-  return {{p.const_data_ptr(), p.stride(last ? -2 : -1), *kind_of(p)}, expert_stride, last == sum_last, used};
+Source source(const moe_lora_matrix& matrix, bool sum_last) {
+  const bool last = matrix.strides[1] == 1;
+  return {{matrix.data, matrix.strides[last ? 0 : 1], Kind(matrix.dtype)}, 0, last == sum_last, nullptr};
 }
 
-Experts::Experts(const Tensor& p, const Plan& plan, bool last_adjacent) : tensor(p), used(plan.used.data()) {
-  const bool adjacent = p.stride(-1) == 1 || (p.stride(-2) == 1 && !last_adjacent);
-  if (adjacent && kind_of(p)) return;
-  const Tensor numbers = at::from_blob((void*)plan.used.data(), {int64_t(plan.used.size())}, at::kInt);
-  tensor = p.index_select(0, numbers).to(kind_of(p) ? p.scalar_type() : at::kFloat).contiguous();
-  used = nullptr;
+Source source(const moe_lora_experts& parameter, bool sum_last, const Plan& plan) {
+  const bool last = parameter.strides[2] == 1;
+  return {{parameter.data, parameter.strides[last ? 1 : 2], Kind(parameter.dtype)},
+          parameter.strides[0],
+          last == sum_last,
+          parameter.only_used ? nullptr : plan.used.data()};
 }
 
 Mask mask_of(const Call& call) {
   if (!call.dropout) return {};
-  TORCH_CHECK(call.seed, "dropout needs a seed");
-  const auto seed = uint64_t(call.seed->item<int64_t>());
+  const auto seed = uint64_t(call.seed);
   uint32_t a = uint32_t(seed), b = uint32_t(seed >> 32);
   a ^= mix(b + 0x9e3779b9u);
   b ^= mix(a + 0x85ebca6bu);
@@ -60,25 +44,34 @@ Mask mask_of(const Call& call) {
 float scale_of(const Call& call) { return float(call.scale * (65536 / (65536 - drop_threshold(call.dropout)))); }
 
 std::vector<float> total_gates(const Call& call, const Plan& plan) {
-  const Tensor gates = call.gates.to(at::kFloat).contiguous();
   const float scale = scale_of(call);
-  const int64_t picks = gates.numel(), K = call.K();
-  std::vector<float> total(picks), out(picks);
-  for (int64_t at = 0; at < picks; ++at) total[at / K * K + plan.places[at]] += scale * data<float>(gates)[at];
-  for (int64_t at = 0; at < picks; ++at) out[at] = total[at / K * K + plan.places[at]];
+  const int64_t N = call.routing.N, K = call.routing.K;
+  std::vector<float> total(N * K), out(N * K);
+  for (int64_t i = 0; i < N; ++i) {
+    const float* gates = call.gates + i * call.gate_strides[0];
+    for (int64_t k = 0; k < K; ++k) total[i * K + plan.places[i * K + k]] += scale * gates[k * call.gate_strides[1]];
+    for (int64_t k = 0; k < K; ++k) out[i * K + k] = total[i * K + plan.places[i * K + k]];
+  }
   return out;
 }
 
-std::shared_ptr<const Plan> plan_of(const Call& call, int64_t T) {
-  std::vector<int32_t> picks = values(call.experts), ends;
+std::shared_ptr<const Plan> plan_of(const moe_lora_routing& r) {
+  std::vector<int32_t> picks, ends;
+  picks.reserve(r.N * r.K);
+  for (int64_t i = 0; i < r.N; ++i)
+    for (int64_t k = 0; k < r.K; ++k) picks.push_back(r.experts[i * r.expert_strides[0] + k * r.expert_strides[1]]);
   for (int32_t e : picks)  // a compiled graph comes here without the checks of routing.py
-    TORCH_CHECK(e >= 0 && e < call.E(), "experts must be in 0..", call.E() - 1, ", got ", e);
-  if (call.offsets) {
-    ends = values(*call.offsets);
-    TORCH_CHECK(ends.front() == 0 && ends.back() == T && std::is_sorted(ends.begin(), ends.end()),
-                "offsets must rise from 0 to x's ", T, " rows");
+    if (e < 0 || e >= r.E)
+      throw std::runtime_error("experts must be in 0.." + std::to_string(r.E - 1) + ", got " + std::to_string(e));
+  if (r.offsets) {
+    ends.assign(r.offsets, r.offsets + r.N + 1);
+    if (ends.front() != 0 || ends.back() != r.T || !std::is_sorted(ends.begin(), ends.end()))
+      throw std::runtime_error("offsets must rise from 0 to x's " + std::to_string(r.T) + " rows");
+  } else if (r.N < 1 || r.T % r.N) {
+    throw std::runtime_error("the routing's " + std::to_string(r.N) + " instances must divide x's " +
+                             std::to_string(r.T) + " rows, or have offsets");
   }
-  return plan_of(std::move(picks), std::move(ends), T, call.E(), call.K());
+  return plan_of(std::move(picks), std::move(ends), r.T, r.E, int(r.K));
 }
 
 }  // namespace moe_lora

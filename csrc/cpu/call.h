@@ -1,65 +1,36 @@
-// One call of the forward or the backward: its tensors, as in ops.py, and what the kernels take of them.
+// One call of the forward or the backward, and what the kernels take of it.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <memory>
-#include <optional>
-#include <tuple>
+#include <new>
 #include <vector>
 
+#include "moe_lora.h"
 #include "plan.h"
 
 namespace moe_lora {
 
-using at::Tensor;
-using Tensors = std::vector<Tensor>;
-using Grads = std::vector<std::optional<Tensor>>;
+using Call = moe_lora_call;
+using Member = moe_lora_member;
 
-struct Member {
-  Tensor weight;
-  std::optional<Tensor> bias;
-  Tensor lora_a, lora_b;
+constexpr int kFewRows = 64;
 
-  int64_t F() const { return weight.size(0); }
-};
-
-struct Call {  // the plan and the parameters; members share x, E and R
-  Tensor x;
-  std::vector<Member> members;
-  Tensor experts, gates;
-  std::optional<Tensor> offsets;
-  double scale, dropout;
-  std::optional<Tensor> seed;
-
-  int64_t D() const { return x.size(-1); }
-  int64_t E() const { return members[0].lora_a.size(0); }
-  int R() const { return int(members[0].lora_a.size(2)); }
-  int K() const { return int(experts.size(1)); }
-};
-
-struct Needs {  // which gradients: of x, the gates, each A, each B
-  std::vector<bool> all;
-  size_t members;
-
-  bool x() const { return all[0]; }
-  bool gates() const { return all[1]; }
-  bool a(size_t m) const { return all[2 + m]; }
-  bool b(size_t m) const { return all[2 + members + m]; }
-  bool any_a() const { return std::find(all.begin() + 2, all.begin() + 2 + members, true) < all.begin() + 2 + members; }
-};
-
-// The two forms of the forward and the backward, on at least one row [T, D] and for each E that there are kernels of.
-constexpr int64_t kFewRows = 64;
-bool few(const Call& call, int64_t T);
+// The two forms of the forward, and the backward, on at least one row, for each element type that there are kernels of.
 template <class E>
-void few_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensors& ys, Tensors& hs);
+void few_forward(const Call& call, const Plan& plan, void* const* ys, void* const* hs);
 template <class E>
-void tiles_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensors& ys, Tensors& hs);
+void tiles_forward(const Call& call, const Plan& plan, void* const* ys, void* const* hs);
+
+struct Grads {  // any of them may be null
+  void* dx;
+  double* dgates;
+  float* const* das;
+  float* const* dbs;
+};
 template <class E>
-Grads tiles_backward(const Tensors& dys, const Tensors& hs, const Call& call, const Tensor& rows, const Plan& plan,
-                     const Needs& needs);
+void tiles_backward(const Call& call, const Plan& plan, const moe_lora_rows* dys, const void* const* hs,
+                    const Grads& grads);
 
 // The scale of everything low-rank, with that of the elements which dropout keeps.
 float scale_of(const Call& call);
@@ -69,40 +40,26 @@ std::vector<float> total_gates(const Call& call, const Plan& plan);
 
 Mask mask_of(const Call& call);
 
-std::shared_ptr<const Plan> plan_of(const Call& call, int64_t T);
+// Throws std::runtime_error if the routing does not fit.
+std::shared_ptr<const Plan> plan_of(const moe_lora_routing& routing);
 
 // Columns along the dimension that is not summed over; the last one is if `sum_last`.
-Source source(const Tensor& p, bool sum_last, const int32_t* used = nullptr);
+Source source(const moe_lora_matrix& matrix, bool sum_last);
+Source source(const moe_lora_experts& parameter, bool sum_last, const Plan& plan);
 
-// The experts in use of a parameter: all, read where they lie, or a copy of those if its layout or dtype has no kernel.
-class Experts {
+// Uninitialised memory, aligned to a cache line.
+template <class T>
+class Buffer {
  public:
-  Experts(const Tensor& p, const Plan& plan, bool last_adjacent = false);
-  Source panels(bool sum_last) const { return source(tensor, sum_last, used); }
+  explicit Buffer(int64_t count) : memory(static_cast<T*>(::operator new(count * sizeof(T), kLine))) {}
+  T* data() const { return memory.get(); }
 
  private:
-  Tensor tensor;
-  const int32_t* used;
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<T, Free> memory;
 };
-
-template <class E>
-constexpr at::ScalarType kDtype = sizeof(E) == 2 ? at::kBFloat16 : at::kFloat;
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// Rows of E with adjacent elements.
-template <class E>
-Tensor as_rows(const Tensor& x) {
-  Tensor rows = x.reshape({-1, x.size(-1)}).to(kDtype<E>);
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
 
 }  // namespace moe_lora

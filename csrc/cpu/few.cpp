@@ -1,7 +1,5 @@
 // The forward of few rows: the base reads the weight once, where it lies.
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
-
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -11,35 +9,55 @@
 namespace moe_lora {
 namespace {
 
-// The rows as Few::packed.
+// The rows as Few::packed, and the words of one.
 template <class E>
-Tensor packed_rows(const Tensor& rows) {
-  const int64_t T = rows.size(0), D = rows.size(1), wide = 64 / sizeof(E), words = (D + wide - 1) / wide * kLanes;
-  const bool dots = T <= kernels<E>().dots;
-  const int64_t panels = (T + kLanes - 1) / kLanes;
-  Tensor packed = at::zeros({dots ? T : panels * kLanes, words}, at::kInt);
-  auto* out = mutable_data<uint32_t>(packed);
-  if (dots) {
-    for (int64_t d = 0; d < D; d += wide)
-      for (int64_t t = 0; t < T; ++t, out += kLanes)
-        std::memcpy(out, data<E>(rows) + t * rows.stride(0) + d, std::min(wide, D - d) * sizeof(E));
-    return packed;
+struct Packed {
+  int64_t words;
+  Buffer<uint32_t> buffer;
+
+  explicit Packed(const Call& call) : words(words_of(call.D)), buffer(size(call)) {
+    const int64_t T = call.routing.T, D = call.D, panels = (T + kLanes - 1) / kLanes;
+    const E* rows = static_cast<const E*>(call.x.data);
+    uint32_t* out = buffer.data();
+    if (T <= kernels<E>().dots) {
+      std::memset(out, 0, T * words * sizeof(uint32_t));
+      for (int64_t d = 0; d < D; d += kWide)
+        for (int64_t t = 0; t < T; ++t, out += kLanes)
+          std::memcpy(out, rows + t * call.x.stride + d, std::min(kWide, D - d) * sizeof(E));
+      return;
+    }
+    std::memset(out, 0, panels * kLanes * words * sizeof(uint32_t));
+    const Source all{{rows, call.x.stride, sizeof(E) == 2 ? Kind::kBf16 : Kind::kFloat}, 0, true, nullptr};
+    runs(panels, [&](int64_t i) {
+      kernels<E>().pack(all, 0, i * kLanes, std::min<int64_t>(kLanes, T - i * kLanes), D, out + i * kLanes * words);
+    });
   }
-  const Source all{{data<E>(rows), rows.stride(0), sizeof(E) == 2 ? Kind::kBf16 : Kind::kFloat}, 0, true, nullptr};
-  runs(panels, [&](int64_t i) {
-    kernels<E>().pack(all, 0, i * kLanes, std::min<int64_t>(kLanes, T - i * kLanes), D, out + i * kLanes * words);
-  });
-  return packed;
+
+ private:
+  static constexpr int64_t kWide = 64 / sizeof(E);
+  static int64_t words_of(int64_t D) { return (D + kWide - 1) / kWide * kLanes; }
+  static int64_t size(const Call& call) {
+    const int64_t T = call.routing.T;
+    return (T <= kernels<E>().dots ? T : (T + kLanes - 1) / kLanes * kLanes) * words_of(call.D);
+  }
+};
+
+void round_to(float value, float& out) { out = value; }
+void round_to(float value, bf16& out) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  out.bits = std::isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // From z [T, K, R] by places to h by picks; then s = gates · z, in its place.
-void fold(const Call& call, const Plan& plan, const std::vector<float>& gates, float* z, Tensor& h) {
-  const int64_t T = plan.T, K = call.K(), R = call.R();
+template <class E>
+void fold(const Call& call, const Plan& plan, const std::vector<float>& gates, float* z, E* h) {
+  const int64_t T = plan.T, K = plan.K, R = call.R;
   std::vector<float> picks(T * K * R);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t k = 0; k < K; ++k)
       std::copy_n(z + (t * K + plan.places[plan.instance[t] * K + k]) * R, R, picks.data() + (t * K + k) * R);
-  h.copy_(at::from_blob(picks.data(), h.sizes(), at::kFloat));
+  for (int64_t i = 0; i < T * K * R; ++i) round_to(picks[i], h[i]);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t k = 0; k < K; ++k) {
       const float gate = gates[plan.instance[t] * K + k], *from = picks.data() + (t * K + k) * R;
@@ -50,31 +68,24 @@ void fold(const Call& call, const Plan& plan, const std::vector<float>& gates, f
 
 }  // namespace
 
-bool few(const Call& call, int64_t T) {
-  const auto adjacent = [](const Member& member) { return member.weight.stride(1) == 1; };
-  return T <= kFewRows && !call.dropout && std::all_of(call.members.begin(), call.members.end(), adjacent);
-}
-
 template <class E>
-void few_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensors& ys, Tensors& hs) {
-  const int64_t T = rows.size(0), D = call.D(), splits = (D + kSplit - 1) / kSplit, size = T * call.K() * call.R();
-  const auto members = int64_t(call.members.size()), used = int64_t(plan.used.size());
+void few_forward(const Call& call, const Plan& plan, void* const* ys, void* const* hs) {
+  const int64_t T = plan.T, D = call.D, splits = (D + kSplit - 1) / kSplit, size = T * plan.K * call.R;
+  const int64_t members = call.count, used = int64_t(plan.used.size());
   std::vector<float> z(members * splits * size);
   std::vector<Few<E>> jobs;
-  std::vector<Experts> keep;
   std::vector<std::pair<int64_t, int64_t>> tasks;  // member and first column
-  const Tensor packed = packed_rows<E>(rows);
+  const Packed<E> packed(call);
   for (int64_t m = 0; m < members; ++m) {
     const Member& member = call.members[m];
     Few<E> job{};
-    job.rows = data<E>(rows), job.stride = rows.stride(0), job.T = int(T), job.D = D, job.F = member.F();
-    job.packed = data<uint32_t>(packed), job.words = packed.size(1);
-    job.weight = source(member.weight, true).matrix;
-    job.bias = member.bias ? data<E>(*member.bias) : nullptr;
-    job.lora_a = keep.emplace_back(member.lora_a, plan, true).panels(false);
-    job.lora_b = keep.emplace_back(member.lora_b, plan, true).panels(false);
-    job.routes = plan.routes(), job.used = int(used), job.R = call.R();
-    job.out = mutable_data<E>(ys[m]), job.s = job.z = z.data() + m * splits * size;
+    job.rows = static_cast<const E*>(call.x.data), job.stride = call.x.stride;
+    job.T = int(T), job.D = D, job.F = member.F, job.R = int(call.R);
+    job.packed = packed.buffer.data(), job.words = packed.words;
+    job.weight = source(member.weight, true).matrix, job.bias = static_cast<const E*>(member.bias);
+    job.lora_a = source(member.lora_a, false, plan), job.lora_b = source(member.lora_b, false, plan);
+    job.routes = plan.routes(), job.used = int(used);
+    job.out = static_cast<E*>(ys[m]), job.s = job.z = z.data() + m * splits * size;
     for (int64_t first = 0; first < job.F; first += kFewColumns) tasks.emplace_back(m, first);
     jobs.push_back(job);
   }
@@ -86,12 +97,12 @@ void few_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensors
     float* sum = jobs[m].z;
     for (int64_t split = 1; split < splits; ++split)
       for (int64_t i = 0; i < size; ++i) sum[i] += sum[split * size + i];
-    fold(call, plan, gates, sum, hs[m]);
+    fold(call, plan, gates, sum, static_cast<E*>(hs[m]));
   }
   runs(int64_t(tasks.size()), [&](int64_t i) { kernels<E>().few_rows(jobs[tasks[i].first], tasks[i].second); });
 }
 
-template void few_forward<bf16>(const Call&, const Tensor&, const Plan&, Tensors&, Tensors&);
-template void few_forward<float>(const Call&, const Tensor&, const Plan&, Tensors&, Tensors&);
+template void few_forward<bf16>(const Call&, const Plan&, void* const*, void* const*);
+template void few_forward<float>(const Call&, const Plan&, void* const*, void* const*);
 
 }  // namespace moe_lora

@@ -1,7 +1,6 @@
 // Threads, and the memory that each keeps.
 #include "threads.h"
 
-#include <ATen/Parallel.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -11,19 +10,21 @@
 
 #include "kernels.h"
 
-// The OpenMP runtime that torch has loaded: GCC's, or another that offers the same entry. at::parallel_for is compiled
-// into its caller, for the runtime of the caller's compiler: serial without one, and a second runtime beside torch's if
-// that is another.
+// The OpenMP runtime that torch has loaded: GCC's, or another that offers the same entries. This library is linked with
+// none, or it might bring a second pool of threads that competes with torch's.
 extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned flags);
 __attribute__((weak)) int omp_get_thread_num();
 __attribute__((weak)) int omp_get_num_threads();
+__attribute__((weak)) int omp_in_parallel();
 }
 
 namespace moe_lora {
 namespace {
 
 bool forked = false;  // a forked child has none of the runtime's threads, and would wait for them for ever
+
+thread_local int64_t limit = 1;
 
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -49,14 +50,17 @@ void split(int64_t count, const Task& part) {
     return;
   }
   Region region{part, count};
-  GOMP_parallel([](void* data) { static_cast<Region*>(data)->run(); }, &region, 0, 0);
+  GOMP_parallel([](void* data) { static_cast<Region*>(data)->run(); }, &region, unsigned(limit), 0);
   if (region.error) std::rethrow_exception(region.error);
 }
 
 }  // namespace
 
+ThreadLimit::ThreadLimit(int64_t threads) : before(limit) { limit = threads; }
+ThreadLimit::~ThreadLimit() { limit = before; }
+
 int64_t threads() {
-  return forked || !GOMP_parallel || at::in_parallel_region() ? 1 : at::get_num_threads();
+  return forked || !GOMP_parallel || omp_in_parallel() ? 1 : limit;
 }
 
 void runs(int64_t count, const Task& task) {

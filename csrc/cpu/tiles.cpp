@@ -1,8 +1,4 @@
 // The forward and the backward of many rows: one shrink, one expand, and in the backward two sums over each expert's rows.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-
 #include <utility>
 
 #include "call.h"
@@ -16,36 +12,44 @@ constexpr int64_t even(int64_t n) {
   return sizeof(E) == 2 ? (n + 1) / 2 * 2 : n;
 }
 
+template <class E>
+struct Rows {  // a matrix with adjacent elements in a row
+  const E* data;
+  int64_t stride, columns;
+};
+
+template <class E>
+Rows<E> rows_of(const moe_lora_rows& rows, int64_t columns) {
+  return {static_cast<const E*>(rows.data), rows.stride, columns};
+}
+
 // Panels of the experts' columns, for a shrink.
 template <class E>
-Tensor shrink_panels(const Source& from, const Call& call, const Plan& plan, int64_t depth) {
-  const int64_t groups = (call.R() + kLanes - 1) / kLanes, words = even<E>(depth) * int64_t(sizeof(E)) / 4;
+Buffer<uint32_t> shrink_panels(const Source& from, const Call& call, const Plan& plan, int64_t depth) {
+  const int64_t groups = (call.R + kLanes - 1) / kLanes, words = even<E>(depth) * int64_t(sizeof(E)) / 4;
   const auto used = int64_t(plan.used.size());
-  Tensor panels = at::empty({used, groups * words * kLanes}, at::kInt);
-  auto* out = mutable_data<uint32_t>(panels);
+  Buffer<uint32_t> panels(used * groups * words * kLanes);
   each(used * groups, [&](int64_t i) {
-    const int64_t first = i % groups * kLanes, columns = std::min<int64_t>(kLanes, call.R() - first);
-    kernels<E>().pack(from, int(i / groups), first, columns, depth, out + i * words * kLanes);
+    const int64_t first = i % groups * kLanes, columns = std::min<int64_t>(kLanes, call.R - first);
+    kernels<E>().pack(from, int(i / groups), first, columns, depth, panels.data() + i * words * kLanes);
   });
   return panels;
 }
 
 template <class E>
-Shrink<E> shrink_job(const Tensor& rows, const Tensor& panels, const Call& call, const Plan& plan,
-                     const std::vector<float>& gates, Tensor& s) {
+Shrink<E> shrink_job(const Rows<E>& rows, const Buffer<uint32_t>& panels, const Call& call, const Plan& plan,
+                     const std::vector<float>& gates, const Buffer<E>& s) {
   Shrink<E> job{};
-  job.rows = data<E>(rows), job.stride = rows.stride(0), job.D = rows.size(1);
-  job.panels = data<uint32_t>(panels), job.groups = (call.R() + kLanes - 1) / kLanes, job.R = call.R();
+  job.rows = rows.data, job.stride = rows.stride, job.D = rows.columns;
+  job.panels = panels.data(), job.groups = int((call.R + kLanes - 1) / kLanes), job.R = int(call.R);
   job.routes = plan.routes(), job.gates = gates.data();
-  job.s = mutable_data<E>(s);
+  job.s = s.data();
   return job;
 }
 
 template <class E>
-std::vector<Tensor> empty_ranks(const Call& call, const Plan& plan) {
-  std::vector<Tensor> all;
-  for (size_t m = 0; m < call.members.size(); ++m) all.push_back(at::empty({plan.T, call.K(), even<E>(call.R())}, kDtype<E>));
-  return all;
+Buffer<E> empty_ranks(const Call& call, const Plan& plan) {
+  return Buffer<E>(plan.T * plan.K * even<E>(call.R));
 }
 
 template <class E>
@@ -55,15 +59,15 @@ void run(const Shrink<E>* jobs, int members, const Plan& plan) {
   each(chunks, [&](int64_t i) { kernels<E>().shrink(jobs, members, i * tiles / chunks, (i + 1) * tiles / chunks); });
 }
 
-// rows · weight + s · lora, to be added up or written to `out`
+// rows · weight + s · lora, to be added up or written to `out` [T, columns]
 template <class E>
-Expand<E> expand_job(const Tensor& rows, const Source& weight, const Source& lora, const Tensor& s, const Call& call,
-                     const Plan& plan, Tensor& out) {
+Expand<E> expand_job(const Rows<E>& rows, const Source& weight, const Source& lora, const Buffer<E>& s, const Call& call,
+                     const Plan& plan, void* out, int64_t columns) {
   Expand<E> job{};
-  job.rows = data<E>(rows), job.stride = rows.stride(0), job.D = rows.size(1);
-  job.weight = weight, job.lora = lora, job.used = int(plan.used.size()), job.R = call.R();
-  job.s = data<E>(s), job.routes = plan.routes();
-  job.out = mutable_data<E>(out), job.out_stride = job.columns = out.size(1);
+  job.rows = rows.data, job.stride = rows.stride, job.D = rows.columns;
+  job.weight = weight, job.lora = lora, job.used = int(plan.used.size()), job.R = int(call.R);
+  job.s = s.data(), job.routes = plan.routes();
+  job.out = static_cast<E*>(out), job.out_stride = job.columns = columns;
   return job;
 }
 
@@ -85,114 +89,92 @@ void run(const std::vector<Expand<E>>& jobs, const Plan& plan, bool summed) {
   });
 }
 
-// Σ over each expert's rows of sᵀ · rows, for each s, like those parameters
 template <class E>
-Tensors sum(const Tensor& rows, const Tensors& ss, const Call& call, const Plan& plan, const Mask& mask,
-            const Tensors& likes, bool across) {
-  const auto used = int64_t(plan.used.size());
-  Tensors outs;
-  std::vector<Sum<E>> jobs;
-  for (size_t m = 0; m < ss.size(); ++m) {
-    outs.push_back(at::empty({used, likes[m].size(1), likes[m].size(2)}, at::kFloat));
-    Sum<E> job{};
-    job.rows = data<E>(rows), job.stride = rows.stride(0), job.columns = rows.size(1), job.s = data<E>(ss[m]);
-    job.R = call.R(), job.routes = plan.routes();
-    job.out = mutable_data<float>(outs[m]), job.mask = mask, job.across = across;
-    jobs.push_back(job);
-  }
-  const int64_t panels = (rows.size(1) + kColumns - 1) / kColumns;
-  each(used * panels, [&](int64_t i) {
-    kernels<E>().sum(jobs.data(), int(jobs.size()), int(i / panels), i % panels * kColumns);
-  });
-  for (size_t m = 0; m < ss.size(); ++m) {
-    const Tensor sums = outs[m];
-    if (used == call.E()) {
-      outs[m] = sums.to(likes[m].scalar_type());
-      continue;
-    }
-    outs[m] = at::zeros(likes[m].sizes(), likes[m].scalar_type());
-    for (int64_t u = 0; u < used; ++u) outs[m][plan.used[u]].copy_(sums[u]);
-  }
-  return outs;
+Sum<E> sum_job(const Rows<E>& rows, const Buffer<E>& s, const Call& call, const Plan& plan, float* out) {
+  Sum<E> job{};
+  job.rows = rows.data, job.stride = rows.stride, job.columns = rows.columns;
+  job.s = s.data(), job.R = int(call.R), job.routes = plan.routes(), job.out = out;
+  return job;
 }
 
-// [N, K] of each member's [T, K], summed in the rows' order
-Tensor sum_gates(const Tensors& dgates, const Call& call, const Plan& plan) {
-  Tensor total = at::zeros(call.gates.sizes(), at::kDouble);
-  auto* out = mutable_data<double>(total);
-  for (const Tensor& each : dgates) {
-    const auto* from = data<float>(each);
-    for (int64_t t = 0, K = call.K(); t < plan.T; ++t)
-      for (int64_t k = 0; k < K; ++k) out[plan.instance[t] * K + k] += from[t * K + k];
-  }
-  return total.mul_(scale_of(call)).to(call.gates.scalar_type());
+// Σ over each expert's rows of sᵀ · rows, of jobs that share the rows
+template <class E>
+void run(const std::vector<Sum<E>>& jobs, const Plan& plan) {
+  if (jobs.empty()) return;
+  const int64_t panels = (jobs[0].columns + kColumns - 1) / kColumns;
+  each(int64_t(plan.used.size()) * panels, [&](int64_t i) {
+    kernels<E>().sum(jobs.data(), int(jobs.size()), int(i / panels), i % panels * kColumns);
+  });
+}
+
+// out [N, K] += each row's [T, K], in the rows' order
+void sum_gates(const float* dgates, const Plan& plan, double* out) {
+  for (int64_t t = 0, K = plan.K; t < plan.T; ++t)
+    for (int64_t k = 0; k < K; ++k) out[plan.instance[t] * K + k] += dgates[t * K + k];
 }
 
 }  // namespace
 
 template <class E>
-void tiles_forward(const Call& call, const Tensor& rows, const Plan& plan, Tensors& ys, Tensors& hs) {
-  Tensors ss = empty_ranks<E>(call, plan), panels;
+void tiles_forward(const Call& call, const Plan& plan, void* const* ys, void* const* hs) {
+  const Rows<E> rows = rows_of<E>(call.x, call.D);
   const std::vector<float> gates = total_gates(call, plan);
-  std::vector<Experts> keep;
+  std::vector<Buffer<E>> ss;
+  std::vector<Buffer<uint32_t>> panels;
   std::vector<Shrink<E>> shrinks;
   std::vector<Expand<E>> expands;
-  for (size_t m = 0; m < call.members.size(); ++m) {
+  for (int64_t m = 0; m < call.count; ++m) {
     const Member& member = call.members[m];
-    const Source a = keep.emplace_back(member.lora_a, plan).panels(false);
-    const Source b = keep.emplace_back(member.lora_b, plan).panels(false);
-    panels.push_back(shrink_panels<E>(a, call, plan, call.D()));
-    shrinks.push_back(shrink_job<E>(rows, panels[m], call, plan, gates, ss[m]));
-    shrinks[m].h = mutable_data<E>(hs[m]), shrinks[m].mask = mask_of(call);
-    expands.push_back(expand_job<E>(rows, source(member.weight, true), b, ss[m], call, plan, ys[m]));
-    expands[m].bias = member.bias ? data<E>(*member.bias) : nullptr;
+    const Source a = source(member.lora_a, false, plan), b = source(member.lora_b, false, plan);
+    ss.push_back(empty_ranks<E>(call, plan)), panels.push_back(shrink_panels<E>(a, call, plan, call.D));
+    shrinks.push_back(shrink_job(rows, panels[m], call, plan, gates, ss[m]));
+    shrinks[m].h = static_cast<E*>(hs[m]), shrinks[m].mask = mask_of(call);
+    expands.push_back(expand_job(rows, source(member.weight, true), b, ss[m], call, plan, ys[m], member.F));
+    expands[m].bias = static_cast<const E*>(member.bias);
   }
   run(shrinks.data(), int(shrinks.size()), plan);
   run(expands, plan, false);
 }
 
 template <class E>
-Grads tiles_backward(const Tensors& dys, const Tensors& hs, const Call& call, const Tensor& rows, const Plan& plan,
-                     const Needs& needs) {
-  const size_t members = call.members.size();
+void tiles_backward(const Call& call, const Plan& plan, const moe_lora_rows* dys, const void* const* hs,
+                    const Grads& grads) {
   const Mask mask = mask_of(call);
   const std::vector<float> gates = total_gates(call, plan);
-  Grads grads(needs.all.size());
-  Tensor dx = at::empty({plan.T, call.D()}, kDtype<E>);
-  Tensors ss = empty_ranks<E>(call, plan), drows, dgates, likes;
-  std::vector<Experts> keep;
+  const int64_t picks = call.routing.N * plan.K;
+  const Buffer<float> dgates(plan.T * plan.K);
+  if (grads.dgates) std::fill_n(grads.dgates, picks, 0.0);
+  std::vector<Buffer<E>> ss;
   std::vector<Expand<E>> expands;
-  for (size_t m = 0; m < members; ++m) {
+  std::vector<Sum<E>> sums;
+  for (int64_t m = 0; m < call.count; ++m) {
     const Member& member = call.members[m];
-    const Source a = keep.emplace_back(member.lora_a, plan).panels(true);
-    const Source b = keep.emplace_back(member.lora_b, plan).panels(true);
-    drows.push_back(as_rows<E>(dys[m])), dgates.push_back(at::empty({plan.T, call.K()}, at::kFloat));
-    const Tensor panels = shrink_panels<E>(b, call, plan, member.F()), kept = hs[m].to(kDtype<E>).contiguous();
-    Tensor kept_s = at::empty_like(ss[m]);
-    auto job = shrink_job<E>(drows[m], panels, call, plan, gates, ss[m]);
-    job.kept = data<E>(kept), job.kept_s = mutable_data<E>(kept_s), job.dgates = mutable_data<float>(dgates[m]);
+    const Rows<E> drows = rows_of<E>(dys[m], member.F);
+    const Source a = source(member.lora_a, true, plan), b = source(member.lora_b, true, plan);
+    const Buffer<uint32_t> panels = shrink_panels<E>(b, call, plan, member.F);
+    const Buffer<E> kept_s = empty_ranks<E>(call, plan);
+    ss.push_back(empty_ranks<E>(call, plan));
+    auto job = shrink_job(drows, panels, call, plan, gates, ss[m]);
+    job.kept = static_cast<const E*>(hs[m]), job.kept_s = kept_s.data(), job.dgates = dgates.data();
     run(&job, 1, plan);
-    if (needs.b(m)) grads[2 + members + m] = sum<E>(drows[m], {kept_s}, call, plan, {}, {member.lora_b}, false)[0];
-    expands.push_back(expand_job<E>(drows[m], source(member.weight, false), a, ss[m], call, plan, dx));
+    if (grads.dgates) sum_gates(dgates.data(), plan, grads.dgates);
+    if (grads.dbs[m]) run<E>({sum_job(drows, kept_s, call, plan, grads.dbs[m])}, plan);
+    expands.push_back(expand_job(drows, source(member.weight, false), a, ss[m], call, plan, grads.dx, call.D));
     expands[m].mask = mask;
-    likes.push_back(member.lora_a);
   }
-  if (needs.x()) {
-    run(expands, plan, true);
-    grads[0] = dx.to(call.x.scalar_type()).view(call.x.sizes());
-  }
-  if (needs.any_a()) {
-    const Tensors das = sum<E>(rows, ss, call, plan, mask, likes, true);
-    for (size_t m = 0; m < members; ++m)
-      if (needs.a(m)) grads[2 + m] = das[m];
-  }
-  if (needs.gates()) grads[1] = sum_gates(dgates, call, plan);
-  return grads;
+  if (grads.dx) run(expands, plan, true);
+  for (int64_t m = 0; m < call.count; ++m)
+    if (grads.das[m]) {
+      sums.push_back(sum_job(rows_of<E>(call.x, call.D), ss[m], call, plan, grads.das[m]));
+      sums.back().mask = mask, sums.back().across = true;
+    }
+  run(sums, plan);
+  for (int64_t i = 0; grads.dgates && i < picks; ++i) grads.dgates[i] *= scale_of(call);
 }
 
-#define INSTANTIATE(E)                                                                              \
-  template void tiles_forward<E>(const Call&, const Tensor&, const Plan&, Tensors&, Tensors&);      \
-  template Grads tiles_backward<E>(const Tensors&, const Tensors&, const Call&, const Tensor&, const Plan&, const Needs&);
+#define INSTANTIATE(E)                                                                      \
+  template void tiles_forward<E>(const Call&, const Plan&, void* const*, void* const*);     \
+  template void tiles_backward<E>(const Call&, const Plan&, const moe_lora_rows*, const void* const*, const Grads&);
 INSTANTIATE(bf16)
 INSTANTIATE(float)
 #undef INSTANTIATE

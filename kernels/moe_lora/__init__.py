@@ -24,6 +24,8 @@ from moe_lora.layers import MoELoRALinear
 from moe_lora.ops import linear
 from moe_lora.routing import Routing
 
+__version__ = "0.1.0"
+
 __all__ = [
     "InstanceGate",
     "MoELoRAConfig",

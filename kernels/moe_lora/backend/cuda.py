@@ -68,7 +68,7 @@ def library() -> Library | str:
     """The library, or the reason why there is none that runs here."""
     spec = find_spec("moe_lora._cuda")
     if spec is None or spec.origin is None:
-        return "moe_lora._cuda is not built; install with MOE_LORA_BUILD=cuda where nvcc and a torch for CUDA are"
+        return "moe_lora._cuda is not built; install with MOE_LORA_BUILD=cuda where nvcc is"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     try:
