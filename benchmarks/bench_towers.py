@@ -56,7 +56,7 @@ def main() -> None:
     images = parser.parse_args().images
     folder = data_folder("mini-lamm:demo")
     sides = [
-        [r for r in read_records(folder / f) if r.truth["benchmark"] == "detection"][:images]
+        [r for r in read_records(folder / f) if r.truth["benchmark"] == "mini-detection"][:images]
         for f in ("train.json", "test.json")
     ]
     labels = sorted({item["label"] for side in sides for record in side for item in record.truth["object"]})

@@ -32,7 +32,7 @@ def objects(folder: Path, side: str) -> tuple[list[PointCloud], np.ndarray, np.n
     """Crops, boxes [n, 6] and classes [n] of the objects that classification records ask about."""
     clouds, boxes, labels = [], [], []
     for record in json.loads((folder / f"{side}.json").read_text()):
-        if record["benchmark"] == "classification3d":
+        if record["benchmark"] == "mini-classification3d":
             path = folder / record["pcl"]
             kept, found = objects_of(read_cloud(path), boxes_within(path))
             row = kept.names.index(str(record["object_id"]))

@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from octavius.assets import registry
 from octavius.config import load_config
 from octavius.data.loading import load_data
 from octavius.demo import demo as run_demo
-from octavius.evaluation.evaluate import evaluate, write_answers
+from octavius.evaluation.benchmarks import BENCHMARKS
+from octavius.evaluation.evaluate import evaluate, load_benchmarks, read_answers, write_answers
+from octavius.evaluation.scoring import score
 from octavius.model.octavius import Octavius
 from octavius.points.pointbert import PRESETS as POINT_PRESETS
 from octavius.points.pointbert import default_folder
@@ -70,18 +73,35 @@ def chat(
 
 @app.command("eval")
 def evaluate_command(
-    config: ConfigOption,
+    config: Annotated[str | None, typer.Option(help="A YAML file or preset whose `data` holds the questions.")] = None,
     settings: Settings = None,
     model: Checkpoint = Path("runs/demo/model"),
-    file: str = "test.json",
+    file: Annotated[str, typer.Option(help="With --config: the file of questions under `data.root`.")] = "test.json",
+    benchmark: Annotated[list[str] | None, typer.Option(help="A benchmark's name. May be repeated.")] = None,
+    data: Annotated[str | None, typer.Option(help="With --benchmark: its folder, or such as mini-lamm:mini.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the benchmarks and stop.")] = False,
 ) -> None:
-    """Score a model on the questions of `data.root`/FILE, with their own images and blind."""
+    """Score a model on benchmarks, or on a file of questions, with their own images and blind."""
+    if listed:
+        console.print(benchmark_table())
+        return
+    if bool(config) == bool(benchmark):
+        raise ValueError("eval needs either --benchmark NAME or --config CONFIG; eval --list names the benchmarks")
     loaded = Octavius.from_folder(model)
-    records, stores = load_data(load_config(config, settings).data, file, **loaded.readers())
+    if config:
+        records, stores = load_data(load_config(config, settings).data, file, **loaded.readers())
+    else:
+        records, stores = load_benchmarks(benchmark or [], data, **loaded.readers())
     scores, answers = evaluate(loaded, records, stores)
     blind, _ = evaluate(loaded, records, stores, blind=True)
-    write_answers(model / f"answers-{Path(file).stem}.jsonl", records, answers)
+    write_answers(model / f"answers-{'+'.join(benchmark or [Path(file).stem])}.jsonl", records, answers)
     console.print(score_table({"scores": {"moe": scores, "blind": blind}}))
+
+
+@app.command("score")
+def score_command(files: Annotated[list[Path], typer.Argument(help="Files of answers that eval wrote.")]) -> None:
+    """Score written answers anew, without the model."""
+    console.print(score_table({"scores": {"moe": score(read_answers(files))}}))
 
 
 @app.command("pretrain-points")
@@ -107,6 +127,18 @@ def demo(
     """Train, route, answer, score: the whole job, with a report to look at."""
     metrics = run_demo(load_config(config, settings), resume, baseline)
     console.print(score_table(metrics), score_table(metrics, "zeroshot"))
+
+
+def benchmark_table() -> Table:
+    """Every benchmark with its title, main metric and data; one that cannot be loaded, with the reason."""
+    table = Table("benchmark", "title", "metric", "data")
+    for name in BENCHMARKS:
+        try:
+            entry = BENCHMARKS[name]
+            table.add_row(name, entry.title, entry.metric.main, entry.data or "--data FOLDER")
+        except ValueError as error:
+            table.add_row(name, escape(str(error)))
+    return table
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ from octavius.config import Config
 from octavius.data.loading import load_data
 from octavius.data.records import Record
 from octavius.evaluation.evaluate import Answers, evaluate, routing_map, write_answers
+from octavius.evaluation.metrics import METRICS
 from octavius.evaluation.parsing import parse_boxes
+from octavius.evaluation.scoring import metric_of
 from octavius.model.octavius import Octavius
 from octavius.points.object_store import ObjectStore
 from octavius.report.html import write_report
@@ -170,7 +172,7 @@ def _draw(samples: list[tuple[dict[str, Any], Record]], model: Octavius, scenes:
 
 def _sample(record: Record, text: str, weights: torch.Tensor) -> dict[str, Any]:
     labels = record.truth.get("labels", [])
-    detection = record.truth["benchmark"] == "detection"
+    detection = metric_of(record.truth) is METRICS["detection"]
     return {
         "id": record.id,
         "benchmark": record.truth["benchmark"],

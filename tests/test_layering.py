@@ -26,7 +26,7 @@ FLOORS = {  # lowest first
         ("__main__",),
     ),
     "octavius": (
-        ("__init__", "inputs", "assets", "config"),
+        ("__init__", "inputs", "assets", "config", "registry"),
         ("vision", "points", "language"),
         ("model", "data"),
         ("training", "evaluation", "report"),

@@ -9,12 +9,13 @@ from octavius.data.mini_lamm import build
 from octavius.data.records import Record, drop_unreadable, make_records, read_records
 from octavius.data.scan2inst import rooms
 from octavius.data.scan2inst.released import read_layout, read_pickle
-from octavius.points.object_store import ObjectStore, Region
+from octavius.points.object_store import Objects, ObjectStore, Region
 from octavius.points.pointbert import PointBert
 from octavius.vision.features import FeatureStore
 from octavius.vision.towers import ImageTower
 
-EMBEDDED = {"mini-lamm": build.build, "mini-scan2inst": rooms.build}
+Scenes = dict[Path, Objects]  # objects of clouds that the data bring along
+EMBEDDED = {"mini-lamm": build, "mini-scan2inst": rooms}
 
 
 class Stores(NamedTuple):
@@ -44,7 +45,8 @@ def data_folder(root: str) -> Path:
     name, colon, size = root.partition(":")
     if not colon or name not in EMBEDDED:
         return Path(root)
-    return EMBEDDED[name](registry.default_cache() / name / size, size=size)
+    builder = EMBEDDED[name]
+    return builder.build(registry.default_cache() / name / f"{size}-{builder.VERSION}", size=size)
 
 
 def load_data(
@@ -70,17 +72,33 @@ def load_data(
         if config.root:
             records += read_records(data_folder(config.root) / file, config.images)
         if config.root_3d:
-            found, scenes = read_scenes(data_folder(config.root_3d) / (file_3d or file))
-            records += found
-        folder = registry.default_cache() / "features" if config.cache_features else None
-        stores = Stores(
-            FeatureStore(tower, folder) if tower else None,
-            ObjectStore(encoder, folder, scenes) if clouds else None,
-        )
+            of_clouds, scenes = read_scenes(data_folder(config.root_3d) / (file_3d or file))
+            records += of_clouds
+        stores = open_stores(scenes, config.cache_features, tower=tower, encoder=encoder, clouds=clouds)
         return drop_unreadable(records, stores.prepare(records)), stores
 
 
-def read_scenes(file: Path) -> tuple[list[Record], dict]:
+def open_stores(
+    scenes: Scenes,
+    cache: bool = True,
+    *,
+    tower: ImageTower | None = None,
+    encoder: PointBert | None = None,
+    clouds: bool = False,
+) -> Stores:
+    """Empty stores of what a model reads.
+
+    Args:
+        scenes: objects that the data bring along.
+        cache: keep features on disk.
+        tower, encoder, clouds: as `load_data`.
+    """
+    folder = registry.default_cache() / "features" if cache else None
+    images = FeatureStore(tower, folder) if tower else None
+    return Stores(images, ObjectStore(encoder, folder, scenes) if clouds else None)
+
+
+def read_scenes(file: Path) -> tuple[list[Record], Scenes]:
     """Records about clouds and the objects that are known already: ours, or upstream's JSON or pickle.
 
     Upstream's JSON has no `pcl`: its features lie in the folders around it.

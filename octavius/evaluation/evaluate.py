@@ -12,9 +12,10 @@ import torch
 from rich.progress import track
 
 from octavius.data.batches import Collator, InstructionData
-from octavius.data.loading import Stores
-from octavius.data.records import Record
-from octavius.evaluation.metrics import check, score
+from octavius.data.loading import Stores, open_stores
+from octavius.data.records import Record, drop_unreadable
+from octavius.evaluation.benchmarks import benchmark_records
+from octavius.evaluation.scoring import check, score
 from octavius.model.octavius import Octavius
 
 
@@ -48,7 +49,7 @@ def answer(
     data = InstructionData(records, model.conversation, model.image_tokens, 0, False, model.cloud_tokens)
     collate = Collator(model.conversation.eos, stores.images, True, stores.scenes)
     samples = [data[index] for index in range(len(data))]
-    order = sorted(range(len(samples)), key=lambda index: (records[index].task_type, len(samples[index]["input_ids"])))
+    order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
     texts, weights = [""] * len(records), torch.zeros(len(records), model.settings.lora.num_experts)
     was_training = model.training
     model.eval()
@@ -87,7 +88,7 @@ def exchange_images(records: list[Record], seed: int = 0) -> list[Record]:
 def evaluate(
     model: Octavius, records: list[Record], stores: Stores, blind: bool = False, **options
 ) -> tuple[dict[str, Any], Answers]:
-    """Scores by benchmark (see `octavius.evaluation.metrics.score`) and the answers that they come from.
+    """Scores by benchmark (see `octavius.evaluation.scoring.score`) and the answers that they come from.
 
     Raises:
         ValueError: a record without usable ground truth, before any question is asked.
@@ -98,6 +99,29 @@ def evaluate(
     return score([row | {"prediction": text} for row, text in zip(rows, answers.texts, strict=True)]), answers
 
 
+def load_benchmarks(names: list[str], data: str | Path | None = None, **readers: Any) -> tuple[list[Record], Stores]:
+    """Records of one or more benchmarks whose images and clouds can be read, and the features of those.
+
+    Args:
+        names: of the benchmarks.
+        data: the folder of all of them; each benchmark's own when None.
+        readers: what the model reads, `Octavius.readers()`.
+    Raises:
+        ValueError: an unknown benchmark, no data, images for a model that reads none, or more than 1 % of the records
+            without a readable image.
+    """
+    records: list[Record] = []
+    scenes = {}
+    for name in dict.fromkeys(names):
+        chosen, objects = benchmark_records(name, data)
+        for field, reads in (("image", readers.get("tower") is not None), ("cloud", readers.get("clouds", False))):
+            if not reads and any(getattr(record, field) for record in chosen):
+                raise ValueError(f"benchmark {name} asks about {field}s, which this model does not read")
+        records, scenes = records + chosen, scenes | objects
+    stores = open_stores(scenes, **readers)
+    return drop_unreadable(records, stores.prepare(records)), stores
+
+
 def routing_map(records: list[Record], weights: torch.Tensor) -> dict[str, list]:
     """The mean weight of every expert by benchmark."""
     names = sorted({record.truth["benchmark"] for record in records})
@@ -106,7 +130,7 @@ def routing_map(records: list[Record], weights: torch.Tensor) -> dict[str, list]
 
 
 def write_answers(path: Path, records: list[Record], answers: Answers) -> None:
-    """One JSON line per record: id, image, question, answer, reference and the experts."""
+    """One JSON line per record: id, image, question, answer, reference, experts, and the ground truth."""
     lines = [
         json.dumps(
             {
@@ -117,8 +141,32 @@ def write_answers(path: Path, records: list[Record], answers: Answers) -> None:
                 "answer": text,
                 "reference": record.turns[-1][1],
                 "experts": [[e, round(w, 4)] for e, w in enumerate(weights.tolist()) if w > 0],
+                "truth": record.truth,
             }
         )
         for record, text, weights in zip(records, answers.texts, answers.weights, strict=True)
     ]
     path.write_text("\n".join(lines) + "\n")
+
+
+def read_answers(paths: list[Path]) -> list[dict[str, Any]]:
+    """The answered records of one or more files that `write_answers` wrote, as `score` takes them.
+
+    Raises:
+        ValueError: a line is not such a record; the file and the line are named.
+    """
+    rows = []
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read as answers: {error}") from error
+        for number, line in enumerate(lines, 1):
+            try:
+                item = json.loads(line)
+                rows.append(item["truth"] | {"id": item["id"], "prediction": item["answer"]})
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}: line {number} must be a JSON object with id, answer and truth: {type(error).__name__}"
+                ) from error
+    return rows

@@ -16,6 +16,7 @@ SINGULAR = {plural: word for word, plural in IRREGULAR.items()}
 HIDDEN = "\0"  # stands in for a parsed box: neither word nor space
 WORD = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+")
 BRACKETS = re.compile(r"[\[(]([^\[\]()]*)[\])]")
+NOTHING = re.compile(r"\b(?:no|not any|none|nothing|without)\b", re.IGNORECASE)
 STOP = re.compile(r"[.!?;](?=\s|$)|\n")
 
 
@@ -38,24 +39,36 @@ def parse_boxes(text: str, labels: Sequence[str]) -> list[tuple[str | None, Box]
         labels: names to look for; the label is returned as spelt here.
     """
     boxes = [(match, box) for match in BRACKETS.finditer(text) if (box := _numbers(match[1])) is not None]
-    masked = text
-    for match, _ in boxes:
-        masked = f"{masked[: match.start()]}{HIDDEN * len(match[0])}{masked[match.end() :]}"
+    masked = _masked(text, [match.span() for match, _ in boxes])
     named = mentions(masked, labels)
-    stops = [stop.start() for stop in STOP.finditer(masked)]
-    stops = [stop for stop in stops if not any(m.start < stop < m.end for m in named)]  # "a St. Bernard"
+    inside = iter(named)  # a stop within a name is none: "a St. Bernard"
+    name, stops = next(inside, None), []
+    for stop in (match.start() for match in STOP.finditer(masked)):
+        while name and name.end <= stop:
+            name = next(inside, None)
+        if name is None or stop <= name.start:
+            stops.append(stop)
+    sentences: dict[int, list[Mention]] = {}
+    for mention in named:
+        sentences.setdefault(bisect(stops, mention.start), []).append(mention)
     first: dict[int, int] = {}
     found: list[tuple[str | None, Box]] = []
     for match, box in boxes:
         start, sentence = match.start(), bisect(stops, match.start())
         first.setdefault(sentence, start)
-        own = [m for m in named if bisect(stops, m.start) == sentence]
-        before, after = ([m.label for m in own if m.start < start], [m.label for m in own if m.start > start])
+        own = sentences.get(sentence, [])
+        place = bisect(own, start, key=lambda mention: mention.start)
+        before, after = own[place - 1] if place else None, own[place] if place < len(own) else None
         label_first = bool(own) and own[0].start < first[sentence]
-        label = before[-1] if label_first else after[0] if after else before[-1] if before else None
+        nearest = before if label_first else after or before
         if box[0] <= box[2] and box[1] <= box[3]:
-            found.append((label, box))
+            found.append((nearest.label if nearest else None, box))
     return found
+
+
+def says_none(text: str) -> bool:
+    """Whether an answer says that there is nothing to find, as the training data's "There is no object." does."""
+    return bool(NOTHING.search(text))
 
 
 def parse_label(text: str, labels: Sequence[str]) -> str | None:
@@ -142,6 +155,15 @@ def _numbers(text: str) -> Box | None:
     except ValueError:
         return None
     return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else None
+
+
+def _masked(text: str, spans: list[tuple[int, int]]) -> str:
+    """The text with HIDDEN in place of the spans."""
+    pieces, last = [], 0
+    for start, end in spans:
+        pieces += [text[last:start], HIDDEN * (end - start)]
+        last = end
+    return "".join((*pieces, text[last:]))
 
 
 def _choice_text(choice: str) -> str:

@@ -36,8 +36,8 @@ from octavius.report.tables import (
     score_text,
     short,
     signed,
-    task_name,
     time_text,
+    titles,
 )
 
 IMAGE_SIDE = 480
@@ -67,8 +67,8 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": score_text, "signed": signed, "task": task_name}
-    run = metrics.get("run") or {}
+    environment.filters |= {"score": score_text, "signed": signed}
+    run, names = metrics.get("run") or {}, titles(metrics)
     parts = [_part(metrics, part) for part in PARTS if metrics.get(part)]
     html = environment.get_template("report.html.jinja").render(
         run=run,
@@ -76,8 +76,8 @@ def write_report(
         tiles=_tiles(run, *score_rows(metrics)),
         parts=parts,
         curve=_curve(loss),
-        routing=_heat(routing),
-        samples=[_card(sample) for sample in samples],
+        routing=_heat(routing, names),
+        samples=[_card(sample, names) for sample in samples],
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,25 +145,26 @@ def _curve(loss: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
     }
 
 
-def _heat(routing: Mapping[str, Any]) -> dict[str, Any] | None:
+def _heat(routing: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any] | None:
     weights = routing.get("weights") or []
     if not weights:
         return None
     top = max(max(row) for row in weights) or 1.0
-    rows = [
-        (task_name(task), [(f"{weight:.2f}", f"{weight / top:.3f}", weight > 0.62 * top) for weight in row])
-        for task, row in zip(routing["benchmarks"], weights, strict=True)
-    ]
+    rows = []
+    for benchmark, row in zip(routing["benchmarks"], weights, strict=True):
+        cells = [(f"{weight:.2f}", f"{weight / top:.3f}", weight > 0.62 * top) for weight in row]
+        rows.append((names.get(benchmark, benchmark), cells))
     return {"experts": len(weights[0]), "rows": rows}
 
 
-def _card(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _card(sample: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A sample with its image inlined and its boxes in percent of the image."""
+    benchmark = sample.get("benchmark", "")
     boxes = [("reference", box) for box in sample.get("reference_boxes") or []]
     boxes += [("predicted", box) for box in sample.get("boxes") or []]
     return {
         "id": str(sample.get("id", "")),
-        "task": task_name(sample.get("benchmark", "")),
+        "task": names.get(benchmark, benchmark),
         "image": _inline(sample["image"]) if sample.get("image") else None,
         "boxes": [(kind, box["label"] or "?", _percent(box["bbox"])) for kind, box in boxes],
         **{key: str(sample.get(key, "")) for key in ("question", "answer", "reference")},

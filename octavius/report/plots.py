@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from octavius.report.tables import SHOWN, Row, column_name, facts, score_rows, score_text, task_name
+from octavius.report.tables import SHOWN, Row, column_name, facts, score_rows, score_text, titles
 
 
 def plots(
@@ -35,7 +35,7 @@ def plots(
     if rows:
         _plot_scores(columns, [row for row in rows if row.main or row.metric in SHOWN], folder / "scores.png", under)
     if routing.get("weights"):
-        _plot_routing(routing, folder / "routing.png", under)
+        _plot_routing(routing, titles(metrics), folder / "routing.png", under)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ def _plot_scores(columns: Sequence[str], rows: Sequence[Row], path: Path, under:
                 right = max(right, row.interval[1])
             axes.text(right + 1, place, text, va="center", fontsize=7)
     axes.set_yticks(np.arange(len(rows)) + (len(columns) - 1) * height / 2)
-    axes.set_yticklabels([f"{task_name(row.task)}\n{row.metric} (n = {row.n})" for row in rows], fontsize=8)
+    axes.set_yticklabels([f"{row.title}\n{row.metric} (n = {row.n})" for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("score \u00d7 100; line: 95 % interval of the main metric")
     axes.legend(frameon=False, fontsize=8)
@@ -91,7 +91,7 @@ def _plot_scores(columns: Sequence[str], rows: Sequence[Row], path: Path, under:
     _save(figure, path, under)
 
 
-def _plot_routing(routing: Mapping[str, Any], path: Path, under: str) -> None:
+def _plot_routing(routing: Mapping[str, Any], names: Mapping[str, str], path: Path, under: str) -> None:
     weights = np.array(routing["weights"], dtype=float)  # [tasks, E]
     figure = Figure(figsize=(1.8 + 0.7 * min(weights.shape[1], 16), 0.9 + 0.38 * len(weights)), layout="constrained")
     axes = figure.subplots()
@@ -100,7 +100,7 @@ def _plot_routing(routing: Mapping[str, Any], path: Path, under: str) -> None:
         if weights.shape[1] <= 16:
             color = "white" if weight > 0.62 * weights.max() else "black"
             axes.text(expert, row, f"{weight:.2f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_yticks(range(len(weights)), [task_name(task) for task in routing["benchmarks"]], fontsize=8)
+    axes.set_yticks(range(len(weights)), [names.get(name, name) for name in routing["benchmarks"]], fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axes.set_xlabel("expert")
     figure.colorbar(shown, label="mean gate")

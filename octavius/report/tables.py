@@ -7,27 +7,18 @@ from typing import Any
 
 from rich.table import Table
 
-TASKS = {
-    "detection": "Detection",
-    "vqa": "Visual QA",
-    "caption": "Captioning",
-    "classification": "Classification",
-    "hair": "Face: hair",
-    "smile": "Face: smile",
-    "classification3d": "3D classification",
-    "caption3d": "3D captioning",
-    "vqa3d": "3D question answering",
-}
 COLUMNS = {"moe": "LoRA-MoE", "lora": "LoRA", "blind": "Blind"}
 PARTS = {"scores": "Scores", "zeroshot": "Scores on classes never trained on"}
+NOT_VALUES = ("title", "n", "unparsable", "main", "intervals")  # of a benchmark's entry; the others are its values
 SHOWN = ("precision@0.5",)  # beside each main metric; the others come under "all metrics"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one task: its value × 100 in every column."""
+    """One metric of one benchmark: its value × 100 in every column."""
 
-    task: str
+    benchmark: str
+    title: str
     metric: str
     main: bool
     n: int
@@ -65,7 +56,7 @@ def score_table(metrics: Mapping[str, Any], part: str = "scores") -> Table:
     for row in rows:
         interval = f"{score_text(row.interval[0])} \u2013 {score_text(row.interval[1])}" if row.interval else ""
         values = [score_text(value) for value in row.values]
-        cells = [task_name(row.task), row.metric, str(row.n), *values[:1], interval, *values[1:]]
+        cells = [row.title, row.metric, str(row.n), *values[:1], interval, *values[1:]]
         if other:
             cells.append(signed(row.difference))
         table.add_row(*cells, style="bold" if row.main else "dim")
@@ -93,23 +84,22 @@ def pretrain_table(report: Mapping[str, Any]) -> Table:
 
 
 def score_rows(metrics: Mapping[str, Any], part: str = "scores") -> tuple[list[str], list[Row]]:
-    """Column names (LoRA-MoE first, blind last) and one row per task and metric, in the paper's order of tasks."""
+    """Column names (LoRA-MoE first, blind last) and one row per benchmark and metric, in the scores' order."""
     scores = metrics.get(part) or {}
     columns = sorted(scores, key=lambda name: {"moe": -1, "blind": 1}.get(name, 0))
-    tasks = dict.fromkeys(task for name in columns for task in scores[name])
-    order = [task for task in TASKS if task in tasks] + [task for task in tasks if task not in TASKS]
     rows = []
-    for task in order:
-        entries = [scores[name].get(task, {}) for name in columns]
+    for benchmark in dict.fromkeys(benchmark for name in columns for benchmark in scores[name]):
+        entries = [scores[name].get(benchmark, {}) for name in columns]
         first = next(entry for entry in entries if entry)
-        for metric in (key for key in first if key not in ("n", "main", "interval")):
+        title = first.get("title", benchmark)
+        for metric in (key for key in first if key not in NOT_VALUES):
             values = [_hundred(entry.get(metric)) for entry in entries]
             main = metric == first["main"]
-            low_high = entries[0].get("interval") if main else None
+            low_high = entries[0].get("intervals", {}).get(metric)
             interval = (100.0 * low_high[0], 100.0 * low_high[1]) if low_high else None
             mine, other = values[0], values[-1]
             difference = mine - other if len(columns) > 1 and mine is not None and other is not None else None
-            rows.append(Row(task, metric, main, first["n"], values, interval, difference))
+            rows.append(Row(benchmark, title, metric, main, first["n"], values, interval, difference))
     return columns, rows
 
 
@@ -117,8 +107,10 @@ def _hundred(value: float | None) -> float | None:
     return 100.0 * value if value is not None and math.isfinite(value) else None
 
 
-def task_name(name: str) -> str:
-    return TASKS.get(name, name)
+def titles(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The title of every benchmark that occurs in the scores."""
+    columns = [column for part in PARTS for column in (metrics.get(part) or {}).values()]
+    return {name: entry.get("title", name) for column in columns for name, entry in column.items()}
 
 
 def column_name(name: str) -> str:

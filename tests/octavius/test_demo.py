@@ -38,7 +38,7 @@ def test_demo_trains_scores_and_reports_beside_a_single_lora(parts, tmp_path):
     metrics = demo.demo(config, baseline=True)
     assert metrics == json.loads((tmp_path / "run/metrics.json").read_text())
     assert set(metrics["scores"]) == {"moe", "lora", "blind"} and metrics["run"]["experts"] == tiny.LORA.num_experts
-    assert set(metrics["scores"]["lora"]) == set(metrics["scores"]["moe"]) >= {"detection", "classification", "vqa"}
+    assert set(metrics["scores"]["lora"]) == set(metrics["scores"]["moe"]) >= {"mini-detection", "mini-vqa"}
     single = json.loads((tmp_path / "run/lora/metrics.json").read_text())
     assert single["run"]["experts"] == 1 and single["run"]["rank"] == tiny.LORA.rank * tiny.LORA.top_k
     assert single["scores"]["moe"] == metrics["scores"]["lora"]

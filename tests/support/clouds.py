@@ -36,11 +36,11 @@ def save_clouds(root: Path) -> Path:
         np.savez(root / f"clouds/{scene}.npz", xyz=xyz, rgb=rgb, boxes=boxes, ids=ids)
         name, about = NAMES[scene], {"scene_id": str(scene), "pcl": f"clouds/{scene}.npz", "object_id": 10 + scene}
         items += [
-            {"id": f"k{scene}", "task_type": "classification3d", "benchmark": "classification3d", **about}
+            {"id": f"k{scene}", "task_type": "classification3d", "benchmark": "mini-classification3d", **about}
             | {"label": name, "labels": NAMES, "conversations": tiny.turns("<pcl>\nWhat is it?", name)},
-            {"id": f"d{scene}", "task_type": "description3d", "benchmark": "caption3d", **about}
+            {"id": f"d{scene}", "task_type": "description3d", "benchmark": "mini-caption3d", **about}
             | {"sentences": [f"This is a {name}."], "conversations": tiny.turns("Describe it.", f"This is a {name}.")},
-            {"id": f"q{scene}", "task_type": "VQA3D", "benchmark": "vqa3d", **about, "sentences": [f"A {name}."]}
+            {"id": f"q{scene}", "task_type": "VQA3D", "benchmark": "mini-vqa3d", **about, "sentences": [f"A {name}."]}
             | {"label": name, "labels": NAMES, "conversations": tiny.turns("What is left?", f"A {name}.")},
         ]
     (root / "train.json").write_text(json.dumps(items))

@@ -110,20 +110,20 @@ def lamm() -> list[dict]:
     truth = [{"label": "square", "bbox": [0.5, 0.25, 0.75, 1.0]}]
     names = list(COLOURS)
     return [
-        {"id": "d0", "image": "0.png", "task_type": "detection", "benchmark": "detection", "labels": ["square"]}
+        {"id": "d0", "image": "0.png", "task_type": "detection", "benchmark": "mini-detection", "labels": ["square"]}
         | {"object": truth, "conversations": turns("List every object with its box.", box)},
-        {"id": "c1", "image": "1.png", "task_type": "classification", "benchmark": "classification"}
+        {"id": "c1", "image": "1.png", "task_type": "classification", "benchmark": "mini-classification"}
         | {"label": "green", "labels": names, "conversations": turns("<image>\nWhat colour is it?", "green")},
-        {"id": "v2", "image": "2.png", "task_type": "VQA", "benchmark": "vqa", "gt_choice": 1}
+        {"id": "v2", "image": "2.png", "task_type": "VQA", "benchmark": "mini-vqa", "gt_choice": 1}
         | {"gt_choices": ["one", "two"], "conversations": turns("How many? (A) one (B) two", "(A) one")},
-        {"id": "m3", "image": "3.png", "task_type": "conversation", "benchmark": "caption"}
+        {"id": "m3", "image": "3.png", "task_type": "conversation", "benchmark": "mini-caption"}
         | {"sentences": ["an orange square"]}
         | {"conversations": turns("Describe it.", "An orange square.", "Where is it, please?", "On the right.")},
-        {"id": "c4", "image": "4.png", "task_type": "classification", "benchmark": "classification"}
+        {"id": "c4", "image": "4.png", "task_type": "classification", "benchmark": "mini-classification"}
         | {"label": "purple", "labels": names, "conversations": turns("Which colour has the square here?", "purple")},
-        {"id": "v5", "image": "0.png", "task_type": "VQA", "benchmark": "vqa", "gt_choice": "B"}
+        {"id": "v5", "image": "0.png", "task_type": "VQA", "benchmark": "mini-vqa", "gt_choice": "B"}
         | {"gt_choices": ["left", "right"], "conversations": turns("Where? (A) left (B) right", "(B) right")},
-        {"id": "c6", "image": "2.png", "task_type": "classification", "benchmark": "classification"}
+        {"id": "c6", "image": "2.png", "task_type": "classification", "benchmark": "mini-classification"}
         | {"label": "blue", "labels": names, "conversations": turns("Colour?", "blue")},
     ]
 

@@ -24,7 +24,7 @@ from octavius.assets import registry
 from octavius.data.mini_lamm import compose, faces, questions
 from octavius.data.mini_lamm.cutouts import CATEGORIES, UNSEEN, Cutout, load_cutouts, split_cutouts
 
-VERSION = 3  # of the builder: raise it whenever the same settings give other bytes
+VERSION = 4  # of the builder: raise it whenever the same settings give other bytes
 QUALITY = 90  # of the JPEG files
 SPLITS = ("train", "test", "zeroshot")
 SINGLE = (0.50, 0.85)  # long side of the object in an image of its own

@@ -79,15 +79,15 @@ MIDDLE = 0.07  # half width of the cross in the middle of the picture that belon
 LETTERS = "ABCD"
 
 
-def record(name: str, image: str, benchmark: str, question: str, answer: str, **truth: Any) -> dict[str, Any]:
-    """One record in upstream's form plus `benchmark` and its ground truth."""
+def record(name: str, image: str, task: str, question: str, answer: str, **truth: Any) -> dict[str, Any]:
+    """One record in upstream's form plus `benchmark`, which is mini-{task}, and its ground truth."""
     tasks = {"detection": "detection", "caption": "description", "vqa": "VQA"}
     return {
-        "id": f"{name}_{benchmark}",
+        "id": f"{name}_{task}",
         "image": image,
         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-        "task_type": tasks.get(benchmark, "classification"),
-        "benchmark": benchmark,
+        "task_type": tasks.get(task, "classification"),
+        "benchmark": f"mini-{task}",
         **truth,
     }
 

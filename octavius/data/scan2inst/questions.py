@@ -276,9 +276,9 @@ TASKS = {"classification3d": "classification3d", "caption3d": "description3d", "
 
 
 def _record(
-    scene: Scene, key: str, benchmark: str, question: str, answer: str, item: SceneObject | None, **truth: Any
+    scene: Scene, key: str, task: str, question: str, answer: str, item: SceneObject | None, **truth: Any
 ) -> dict[str, Any]:
-    """One record in upstream's form plus `pcl`, the cloud's file, `benchmark` and its ground truth."""
+    """One record in upstream's form plus `pcl`, the cloud's file, `benchmark`, mini-{task}, and its ground truth."""
     about = {} if item is None else {"object_id": item.id, "object_name": item.name}
     return {
         "id": f"{scene.id}_{key}",
@@ -286,8 +286,8 @@ def _record(
         "pcl": scene.cloud,
         **about,
         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-        "task_type": TASKS[benchmark],
-        "benchmark": benchmark,
+        "task_type": TASKS[task],
+        "benchmark": f"mini-{task}",
         "question_key": None,
         **truth,
     }

@@ -91,19 +91,19 @@ def test_blind_sees_other_images(model, records, store):
     want = answer(model, exchange_images(records), store, max_new_tokens=5)
     assert blind.texts == want.texts != seen.texts
     assert torch.equal(blind.weights, seen.weights)  # the gate does not see the image
-    caption = next(index for index, record in enumerate(records) if record.truth["benchmark"] == "caption")
+    caption = next(index for index, record in enumerate(records) if record.truth["benchmark"] == "mini-caption")
     assert blind.texts[caption] == seen.texts[caption]  # the only one of its benchmark
 
 
 def test_scores_go_by_benchmark(model, records, store):
     scores, said = evaluate(model, records, store, max_new_tokens=5)
     assert {name: entry["n"] for name, entry in scores.items()} == {
-        "detection": 1,
-        "classification": 3,
-        "vqa": 2,
-        "caption": 1,
+        "mini-detection": 1,
+        "mini-classification": 3,
+        "mini-vqa": 2,
+        "mini-caption": 1,
     }
-    assert len(said.texts) == 7 and all(0 <= scores[name]["Acc@1"] <= 1 for name in ("classification", "vqa"))
+    assert len(said.texts) == 7 and all(0 <= scores[name]["Acc@1"] <= 1 for name in ("mini-classification", "mini-vqa"))
 
 
 def test_record_without_truth_is_named_before_a_question_is_asked(model, records, store, monkeypatch):
@@ -116,7 +116,7 @@ def test_record_without_truth_is_named_before_a_question_is_asked(model, records
 def test_routing_map_is_the_mean_by_benchmark(records):
     weights = torch.rand(7, 4)
     found = routing_map(records, weights)
-    assert found["benchmarks"] == ["caption", "classification", "detection", "vqa"]
+    assert found["benchmarks"] == ["mini-caption", "mini-classification", "mini-detection", "mini-vqa"]
     for name, row in zip(found["benchmarks"], found["weights"], strict=True):
         rows = [index for index, record in enumerate(records) if record.truth["benchmark"] == name]
         assert row == pytest.approx(weights[rows].mean(0).tolist())
@@ -139,4 +139,5 @@ def test_written_answers_read_back(records, tmp_path):
             "answer": said.texts[index],
             "reference": record.turns[-1][1],
             "experts": [[0, 0.25], [2, 0.75]],
+            "truth": record.truth,
         }

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from octavius.report import html, plots, tables
 
-VQA = {"n": 40, "main": "Acc@1", "Acc@1": 0.5, "interval": [0.35, 0.65]}
+VQA = {"title": "Visual QA", "n": 40, "main": "Acc@1", "Acc@1": 0.5, "intervals": {"Acc@1": [0.35, 0.65]}}
 METRICS = {
     "run": {
         **{"model": "tiny-llm", "tower": "tiny-vit", "steps": 1200, "train_seconds": 3725.0, "threads": 2},
@@ -20,13 +20,16 @@ METRICS = {
         **{"trainable_parameters": 19_660_800, "train_tokens_per_second": 1873.2, "generate_tokens_per_second": 46.3},
     },
     "scores": {
-        "blind": {"vqa": {**VQA, "Acc@1": 0.25, "interval": [0.1, 0.4]}},
+        "blind": {"vqa": {**VQA, "Acc@1": 0.25, "intervals": {"Acc@1": [0.1, 0.4]}}},
         "moe": {
-            "vqa": VQA,
-            "caption": {"n": 9, "main": "CIDEr", "CIDEr": 1.5, "BLEU-1": 0.4, "interval": [1.2, 1.8]},
             "detection": {
-                **{"n": 12, "main": "recall@0.5", "recall@0.5": 0.4, "precision@0.5": 0.3},
-                **{"recall_any_class@0.5": 0.6, "interval": [0.2, 0.6]},
+                **{"title": "Detection", "n": 12, "main": "recall@0.5", "recall@0.5": 0.4, "precision@0.5": 0.3},
+                **{"recall_any_class@0.5": 0.6, "intervals": {"recall@0.5": [0.2, 0.6]}},
+            },
+            "vqa": VQA,
+            "caption": {
+                **{"title": "Captioning", "n": 9, "main": "CIDEr", "CIDEr": 1.5, "BLEU-1": 0.4},
+                "intervals": {"CIDEr": [1.2, 1.8]},
             },
         },
     },
@@ -150,8 +153,8 @@ def test_report_shows_unseen_classes_apart(tmp_path):
 def test_score_rows_order_and_difference():
     columns, rows = tables.score_rows(METRICS)
     assert columns == ["moe", "blind"]
-    assert [row.task for row in rows if row.main] == ["detection", "vqa", "caption"]
-    by_metric = {(row.task, row.metric): row for row in rows}
+    assert [row.benchmark for row in rows if row.main] == ["detection", "vqa", "caption"]
+    by_metric = {(row.benchmark, row.metric): row for row in rows}
     vqa = by_metric["vqa", "Acc@1"]
     assert vqa.values == [50.0, 25.0] and vqa.difference == 25.0 and vqa.clear and vqa.full == 100
     caption = by_metric["caption", "CIDEr"]

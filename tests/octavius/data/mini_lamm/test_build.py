@@ -14,12 +14,12 @@ from octavius.data.mini_lamm import build, compose, cutouts, faces
 
 SIZES = build.ImageCounts(train=48, test=16, zeroshot=8)
 KEYS = {
-    "detection": {"object", "labels"},
-    "caption": {"sentences"},
-    "classification": {"label", "labels"},
-    "vqa": {"gt_choice", "gt_choices"},
-    "hair": {"attr", "labels"},
-    "smile": {"attr", "labels"},
+    "mini-detection": {"object", "labels"},
+    "mini-caption": {"sentences"},
+    "mini-classification": {"label", "labels"},
+    "mini-vqa": {"gt_choice", "gt_choices"},
+    "mini-hair": {"attr", "labels"},
+    "mini-smile": {"attr", "labels"},
 }
 
 
@@ -92,7 +92,7 @@ def test_build_same_seed_same_bytes(built, fake, tmp_path):
 def test_build_without_photographs_shows_faces(fake, tmp_path):
     pytest.importorskip("resvg_py")
     folder = build.build(tmp_path / "b", build.ImageCounts(6, 4, 4), assets={"faces": fake["faces"]})
-    assert {record["benchmark"] for record in records(folder, "train")} == {"hair", "smile"}
+    assert {record["benchmark"] for record in records(folder, "train")} == {"mini-hair", "mini-smile"}
     assert (len(records(folder, "train")), len(records(folder, "test")), records(folder, "zeroshot")) == (12, 8, [])
 
 
@@ -152,22 +152,22 @@ def test_answers_agree_with_ground_truth(built):
     for record in records(built, "train") + records(built, "test") + records(built, "zeroshot"):
         answer = record["conversations"][1]["value"]
         match record["benchmark"]:
-            case "detection":
+            case "mini-detection":
                 items = minidom.parseString(answer).getElementsByTagName("Item")
                 assert [item.getAttribute("cls") for item in items] == [o["label"] for o in record["object"]]
                 for item, truth in zip(items, record["object"], strict=True):
                     box = [float(item.getAttribute(key)) for key in ("x1", "y1", "x2", "y2")]
                     assert box == truth["bbox"] and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
                     assert truth["label"] in record["labels"]
-            case "caption":
+            case "mini-caption":
                 assert [answer] == record["sentences"]
-            case "classification":
+            case "mini-classification":
                 assert answer == record["label"] and answer in record["labels"]
-            case "vqa":
+            case "mini-vqa":
                 place = "ABCD".index(record["gt_choice"])
                 assert answer == f"{record['gt_choices'][place]} ({record['gt_choice']})"
                 assert len(set(record["gt_choices"])) == 4
-            case "hair" | "smile":
+            case "mini-hair" | "mini-smile":
                 assert answer == record["attr"] and answer in record["labels"]
 
 
@@ -209,4 +209,4 @@ def test_real_smoke_build(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["records"]["train"]) == set(KEYS) and len(list((folder / "images").iterdir())) == 206
     total = sum(manifest["records"]["train"].values())
-    assert 0.18 <= manifest["records"]["train"]["detection"] / total <= 0.26
+    assert 0.18 <= manifest["records"]["train"]["mini-detection"] / total <= 0.26

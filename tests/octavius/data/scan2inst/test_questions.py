@@ -44,9 +44,9 @@ def test_records_have_upstreams_form():
         human, gpt = record["conversations"]
         assert human["from"] == "human" and gpt["from"] == "gpt" and human["value"] and gpt["value"]
         assert record["pcl"] == "clouds/room.npz" and record["scene_id"] == "room" and "question_key" not in record
-        want = {"classification3d": "classification3d", "caption3d": "description3d", "vqa3d": "VQA3D"}
-        assert record["task_type"] == want[record["benchmark"]]
-        if record["benchmark"] != "vqa3d":
+        tasks = {"classification3d": "classification3d", "caption3d": "description3d", "vqa3d": "VQA3D"}
+        assert record["task_type"] == tasks[record["benchmark"].removeprefix("mini-")]
+        if record["benchmark"] != "mini-vqa3d":
             assert record["object_name"] == SCENE.objects[record["object_id"]].name
     written = next(record for record in records if record["id"] == "room_q0")
     assert written["sentences"] == written["accepted"] == ["lamp", "red lamp"]
@@ -55,7 +55,7 @@ def test_records_have_upstreams_form():
 
 def test_written_captions_win():
     records = Builder(NAMES, per_scene=(0, 4, 0)).write(SCENE)
-    said = {record["object_id"]: record["sentences"] for record in records if record["benchmark"] == "caption3d"}
+    said = {record["object_id"]: record["sentences"] for record in records if record["benchmark"] == "mini-caption3d"}
     assert said[3] == ["A blue chair in the corner."] and said[0] == [describe(SCENE.objects[0])]
     assert describe(SCENE.objects[0]) == "This is a brown table. It is 1.0 m high."
 
@@ -92,7 +92,7 @@ def test_no_answer_dominates_its_kind(many):
     for kind in ("left", "right", "next to", "colour", "side"):
         labels = Counter(record["label"] for record in many[1] if record.get("kind") == kind)
         assert max(labels.values()) < 0.6 * sum(labels.values()), (kind, labels)
-    phrasings = {record["conversations"][0]["value"] for record in many[1] if record["benchmark"] == "caption3d"}
+    phrasings = {record["conversations"][0]["value"] for record in many[1] if record["benchmark"] == "mini-caption3d"}
     assert len(phrasings) >= 5
 
 

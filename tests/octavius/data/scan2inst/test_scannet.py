@@ -102,7 +102,7 @@ def test_what_people_wrote_is_used(tmp_path):
     questions = read_questions(tmp_path / "ScanQA.json")
     (scene,) = read_scans(tmp_path / "scans", [NAME], tmp_path / "clouds", captions, questions)
     records = Builder(["chair", "table"], per_scene=(2, 2, 3)).write(scene)
-    said = {r["object_id"]: r["sentences"] for r in records if r["benchmark"] == "caption3d"}
+    said = {r["object_id"]: r["sentences"] for r in records if r["benchmark"] == "mini-caption3d"}
     assert said == {5: ["a red chair. it is small."], 0: ["the table, brown"]}
     assert [r["sentences"] for r in records if r["id"].endswith("_q0")] == [["chair", "red chair"]]
 
