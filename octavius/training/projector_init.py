@@ -73,6 +73,7 @@ def init_projector(
         raise ValueError("train.projector_init needs model.projector: linear, which alone has a closed form")
     told = [record for record in records if record.task_type in ("classification", "description")][:RECORDS]
     found = [record for record in records if record.task_type == "detection" and record.truth.get("object")][:RECORDS]
+    found = found if store.tower.grid else []  # without a grid no token has a place
     table = table.float()
     mean = table.mean(0)
     table = table - mean
@@ -171,14 +172,17 @@ def _directions(count: int, D: int) -> Tensor:  # [count, D]
 def _objects(records: list[Record], see: _Sight) -> Iterator[tuple[list[Record], Tensor, Tensor, Tensor, Tensor]]:
     """Records, their tokens [n, P, C + P], and of the smallest object in each token's cell the number [n, P], or -1,
     which of its sides x1, y1, x2, y2 cross the cell [n, P, 4], and its box [n, P, 4]."""
-    side = math.isqrt(see.projector.positions.shape[0])
-    low = torch.arange(side) / side
-    y, x = (grid.flatten() for grid in torch.meshgrid(low, low, indexing="ij"))  # corners of the cells, [P]
-    cells = torch.stack((x, y, x + 1 / side, y + 1 / side), 1)
+    if not records:
+        return
+    assert see.store.tower.grid
+    rows, columns = see.store.tower.grid
+    corners = torch.meshgrid(torch.arange(rows) / rows, torch.arange(columns) / columns, indexing="ij")
+    y, x = (corner.flatten() for corner in corners)  # of the cells, [P]
+    cells = torch.stack((x, y, x + 1 / columns, y + 1 / rows), 1)
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
-        number = torch.full((len(chunk), side**2), -1)
-        boxes = torch.zeros(len(chunk), side**2, 4)
+        number = torch.full((len(chunk), len(cells)), -1)
+        boxes = torch.zeros(len(chunk), len(cells), 4)
         for row, record in enumerate(chunk):
             items = record.truth["object"]
             for index in sorted(range(len(items)), key=lambda i: _area(items[i]["bbox"]), reverse=True):

@@ -1,11 +1,12 @@
 """Image towers: an image → P tokens of width C, frozen, in float32.
 
 CLIP ViT-L/14 (the paper's) and other Hugging Face ViTs by name or folder; EfficientNet-Lite0 and a ViT-S/14 from
-`octavius assets`.
+`octavius assets`; others that a program adds with `register_tower`, or an installed package through the entry points of
+the group `octavius.towers`.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,17 +19,23 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
 from octavius.assets import registry
+from octavius.registry import Registry
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class ImageTower(nn.Module):
-    """What all towers share: `tokens` P, `width` C, `size` of the square image in pixels, and the normalisation."""
+    """What all towers share: `tokens` P, `width` C, `size` of the square image in pixels, and the normalisation.
+
+    `grid` says how the tokens lie over the image, (rows, columns) from the top left, row by row. It is None where they
+    lie in no grid; such a tower trains, without what `projector_init` learns from places.
+    """
 
     tokens: int
     width: int
     size: int = 224
+    grid: tuple[int, int] | None = None
     mean_std = IMAGENET
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
@@ -54,7 +61,7 @@ class EfficientNetTower(ImageTower):
     The deep channels say what is there, the shallower ones where. [N, 3, 224, 224] → [N, 49, 1280 + 4·112].
     """
 
-    tokens, width = 49, 1280 + 4 * 112
+    tokens, width, grid = 49, 1280 + 4 * 112, (7, 7)
 
     def __init__(self, weights: Path):
         super().__init__()
@@ -104,7 +111,8 @@ class ViTTower(ImageTower):
         self.layer, self.merge, self.side = layer, merge, self.size // config.patch_size
         if self.side % merge:
             raise ValueError(f"tower_merge must divide the {self.side} tokens of a side, got {merge}")
-        self.tokens, self.width = (self.side // merge) ** 2, config.hidden_size * merge**2
+        self.grid = (self.side // merge, self.side // merge)
+        self.tokens, self.width = self.grid[0] * self.grid[1], config.hidden_size * merge**2
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, merge={self.merge}"
@@ -115,10 +123,59 @@ class ViTTower(ImageTower):
         return nn.functional.pixel_unshuffle(grid, self.merge).flatten(2).transpose(1, 2)
 
 
+TowerBuilder = Callable[[int, int], ImageTower]  # (layer, merge) of the configuration → the tower
+
+
+def _check(name: str, build: TowerBuilder) -> None:
+    if not callable(build):
+        raise TypeError(f"the tower {name!r} must be a function (layer, merge) -> ImageTower, got {build!r:.80}")
+
+
+TOWERS: Registry[TowerBuilder] = Registry("tower", "octavius.towers", _check)
+
+
+def register_tower(name: str, build: TowerBuilder) -> None:
+    """Let `model.tower: NAME` use a tower.
+
+    Args:
+        name: of the tower in configurations.
+        build: gets `model.tower_layer` and `model.tower_merge` and returns the tower, in evaluation mode or not.
+    Raises:
+        TypeError, ValueError: it is no function, or the name is taken.
+    """
+    TOWERS.register(name, build)
+
+
+register_tower("efficientnet-lite0", lambda layer, merge: EfficientNetTower(registry.need("efficientnet-lite0")))
+register_tower("vit-s14", lambda layer, merge: ViTTower(str(registry.need("vit-s14")), layer, merge))
+
+
 def load_tower(name: str, layer: int = -2, merge: int = 1) -> ImageTower:
-    """A frozen tower in evaluation mode: `efficientnet-lite0`, `vit-s14`, or a Hugging Face name or folder."""
-    if name == "efficientnet-lite0":
-        tower: ImageTower = EfficientNetTower(registry.need(name))
-    else:
-        tower = ViTTower(str(registry.need(name)) if name == "vit-s14" else name, layer, merge)
+    """A frozen tower in evaluation mode: a registered one, or a Hugging Face ViT by name or folder.
+
+    Raises:
+        ValueError: a registered tower is not what it says it is, or the ViT cannot be used.
+    """
+    tower = checked_tower(name, TOWERS[name](layer, merge)) if name in TOWERS else ViTTower(name, layer, merge)
     return tower.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def checked_tower(name: str, tower: ImageTower) -> ImageTower:
+    """The tower, if a blank image gives the tokens that it promises and its grid holds them all.
+
+    Raises:
+        ValueError: it does not; the message says what it gave.
+    """
+    where = f"the tower {name!r}"
+    if not isinstance(tower, ImageTower):
+        raise ValueError(f"{where} must be an octavius.vision.towers.ImageTower, got {type(tower).__name__}")
+    if tower.grid is not None and tower.grid[0] * tower.grid[1] != tower.tokens:
+        raise ValueError(
+            f"{where} must have grid (rows, columns) with rows by columns making {tower.tokens} tokens, or None where "
+            f"its tokens form no grid; got {tower.grid}"
+        )
+    seen = tower.eval()(tower.pixels(Image.new("RGB", (tower.size, tower.size)))[None])
+    if seen.shape != (1, tower.tokens, tower.width):
+        raise ValueError(f"{where} must give [N, {tower.tokens}, {tower.width}], got {list(seen.shape)} for one image")
+    return tower

@@ -21,7 +21,7 @@ LEFT = (0.15, 0.35, 0.65)  # of objects that start in the first, second, third c
 class Seen(ImageTower):
     """Only says how large its tokens are; the features are handed out by `Store`."""
 
-    tokens, width = SIDE**2, C
+    tokens, width, grid = SIDE**2, C, (SIDE, SIDE)
 
 
 class Store(FeatureStore):
