@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from moe_lora import MoELoRAConfig
+
+from octavius.inputs.documents import parse_yaml, read_yaml
+from octavius.inputs.ranges import Range, check_range
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -125,6 +127,34 @@ class Config:
         return dataclasses.asdict(self)
 
 
+COUNT, AMOUNT, FRACTION = Range(1), Range(0), Range(0, 1)
+RANGES: dict[type, dict[str, Range]] = {  # of every numeric field, checked when a configuration is read
+    GateConfig: {"load_balancing": AMOUNT},
+    CloudConfig: {
+        "width": COUNT,
+        "queries": COUNT,
+        "heads": COUNT,
+        "layers": COUNT,
+        "dropout": Range(0, 1, below=True),
+    },
+    ModelConfig: {"tower_layer": Range(-200, 200), "tower_merge": COUNT},  # a tower knows its own layers
+    DataConfig: {
+        **dict.fromkeys(("loop", "loop_3d", "loop_detection", "detection_first"), AMOUNT),
+        "max_tokens": COUNT,
+    },
+    TrainConfig: {
+        **dict.fromkeys(("steps", "batch_size", "gradient_accumulation", "save_steps", "log_steps"), COUNT),
+        "steps": Range(1, also=(-1,)),
+        "epochs": Range(0, above=True),
+        "learning_rate": Range(0, above=True),
+        "weight_decay": AMOUNT,
+        "warmup": FRACTION,
+        "max_grad_norm": AMOUNT,
+        "seed": Range(0, 2**32 - 1),
+    },
+}
+
+
 def load_config(source: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a run.
 
@@ -133,7 +163,8 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> Confi
         overrides: `section.key=value` settings that win over the file; values are YAML.
 
     Raises:
-        ValueError: no such file or preset, not YAML, an unknown key (the nearest known one is named), a wrong type.
+        ValueError: no such file or preset, not YAML, an unknown key (the nearest known one is named), a wrong type, a
+            number out of its range.
     """
     path = Path(source)
     if not path.is_file() and (PRESETS / f"{source}.yaml").is_file():
@@ -141,17 +172,14 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> Confi
     if not path.is_file():
         names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise ValueError(f"config must be a YAML file or one of the presets {names}, got {str(source)!r}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    values = read_yaml(path) or {}
     for item in overrides or ():
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"a setting must read section.key=value, got {item!r}")
         try:
-            _assign(values, key.split("."), yaml.safe_load(value))
-        except (yaml.YAMLError, TypeError) as error:
+            _assign(values, key.split("."), parse_yaml(value, key))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"cannot set {item!r}: {error}") from error
     return from_dict(Config, values, str(path))
 
@@ -167,6 +195,8 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
             nearest = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.0)[0]
             raise ValueError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
         arguments[key] = _convert(kinds[key], value, f"{where}: {key}")
+        if (allowed := RANGES.get(cls, {}).get(key)) and arguments[key] is not None:
+            check_range(arguments[key], allowed, f"{where}: {key}")
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
@@ -184,6 +214,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
+        if isinstance(value, dict):  # its own error says more than that no type fits
+            options = [option for option in options if dataclasses.is_dataclass(option)] or options
+            if len(options) == 1:
+                return _convert(options[0], value, where)
         for option in options:
             if option is not type(None):
                 try:

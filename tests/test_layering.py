@@ -26,7 +26,8 @@ FLOORS = {  # lowest first
         ("__main__",),
     ),
     "octavius": (
-        ("__init__", "inputs", "assets", "config", "registry"),
+        ("__init__", "inputs", "registry"),
+        ("assets", "config"),
         ("vision", "points", "language"),
         ("model", "data"),
         ("training", "evaluation", "report"),

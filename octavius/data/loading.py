@@ -106,7 +106,7 @@ def read_scenes(file: Path) -> tuple[list[Record], Scenes]:
     if file.suffix == ".pickle":
         items, scenes = read_pickle(file)
         return make_records(items, file, Path()), scenes
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     if text and '"pcl"' not in text and '"scene_id"' in text:
         root = file.parent.parent if file.parent.name == "meta_file" else file.parent
         items, scenes = read_layout(file, root)

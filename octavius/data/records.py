@@ -5,7 +5,6 @@ answer is an XML string of <Item x1= y1= x2= y2= cls=> with corners in fractions
 point clouds have `pcl`, the cloud's file, and `object_id` where they are about one object (Scan2Inst).
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 
+from octavius.inputs.boxes import fraction_box
+from octavius.inputs.documents import read_json
 from octavius.language.prompts import SYSTEM, box_answer
 from octavius.points.object_store import Region
 
@@ -51,11 +52,7 @@ def read_records(file: str | Path, images: str | Path | None = None) -> list[Rec
     """
     file = Path(file)
     folder = Path(images) if images else file.parent
-    try:
-        items = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
-    return make_records(items, file, folder)
+    return make_records(read_json(file), file, folder)
 
 
 def make_records(items: Any, file: Path, folder: Path) -> list[Record]:
@@ -81,7 +78,7 @@ def _record(item: Any, folder: Path, where: str) -> Record | None:
         if not isinstance(item.get(field), str | None):
             raise ValueError(f"{where}: field {field} must be a path, got {item[field]!r}")
     task_type = item.get("task_type", "normal")
-    if task_type not in SYSTEM:
+    if not isinstance(task_type, str) or task_type not in SYSTEM:
         raise ValueError(f"{where}: field task_type must be one of {', '.join(SYSTEM)}, got {task_type!r}")
     conversations = item.get("conversations")
     if not isinstance(conversations, list) or not conversations or len(conversations) % 2:
@@ -102,6 +99,8 @@ def _record(item: Any, folder: Path, where: str) -> Record | None:
         texts.append(re.sub(r"<(image|pcl)>\n|\n?<(image|pcl)>", "", text))
     known = ("id", "image", "pcl", "conversations", "task_type")
     truth |= {key: value for key, value in item.items() if key not in known}
+    if isinstance(truth.get("object"), list):
+        truth["object"] = [_boxed(entry, f"{where}: field object") for entry in truth["object"]]
     turns = list(zip(texts[::2], texts[1::2], strict=True))
     image = None if item.get("image") is None else folder / item["image"]
     cloud = None if item.get("pcl") is None else Region(folder / item["pcl"], _object(item, task_type, where))
@@ -114,7 +113,7 @@ def _object(item: dict, task_type: str, where: str) -> int | None:
         return None
     try:
         return int(item["object_id"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: field object_id must be a number, got {item['object_id']!r}") from error
 
 
@@ -125,16 +124,24 @@ def _objects(text: str, where: str) -> list[dict]:
         return [
             {
                 "label": item.get("cls") or item.findtext("cls") or "object",
-                "bbox": [
-                    min(1.0, max(0.0, float(item.get(k) or item.findtext(k) or ""))) for k in ("x1", "y1", "x2", "y2")
-                ],
+                "bbox": fraction_box(item.get(k) or item.findtext(k) or "" for k in ("x1", "y1", "x2", "y2")),
             }
             for item in root.iter("Item")
         ]
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} must be XML <Item>s with x1, y1, x2, y2 and cls: {error}; got {text!r:.80}"
         ) from error
+
+
+def _boxed(entry: Any, where: str) -> Any:
+    """An object of a record's ground truth, its box cut to the image."""
+    if not isinstance(entry, dict) or "bbox" not in entry:
+        return entry
+    try:
+        return entry | {"bbox": fraction_box(entry["bbox"])}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def drop_unreadable(records: list[Record], bad: dict[Path | Region, str]) -> list[Record]:

@@ -5,7 +5,6 @@ function says so. Scores are fractions (CIDEr 0..10). One label list per sample,
 no state.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -17,6 +16,7 @@ from octavius.evaluation.boxes import detection_scores
 from octavius.evaluation.captions import caption_scores, checked
 from octavius.evaluation.intervals import bootstrap
 from octavius.evaluation.parsing import Box, mentions, parse_boxes, parse_choice, parse_label, says_none
+from octavius.inputs.boxes import fraction_box
 
 Row = Mapping[str, Any]  # an answered record: `prediction`, the answer's text, and the ground truth
 Scores = tuple[dict[str, float], dict[str, list[float]]]  # values by name, and their intervals
@@ -63,20 +63,6 @@ def accuracy(
     return {"Acc@1": sum(hits) / max(len(hits), 1)}
 
 
-def box(values: Sequence[float]) -> Box:
-    """A reference box, in fractions of the image.
-
-    Raises:
-        ValueError: it is not x1 <= x2, y1 <= y2, finite and within 0..1.
-    """
-    x1, y1, x2, y2 = (float(value) for value in values)
-    if not (x1 <= x2 and y1 <= y2 and all(map(math.isfinite, (x1, y1, x2, y2)))):
-        raise ValueError(f"a box must be x1 <= x2, y1 <= y2 and finite, got {list(values)}")
-    if min(x1, y1) < 0 or max(x2, y2) > 1:
-        raise ValueError(f"a box must be in fractions of the image, 0 to 1, got {list(values)}; are these pixels?")
-    return x1, y1, x2, y2
-
-
 def member(label: str, labels: Sequence[str]) -> str:
     """The label as its list spells it.
 
@@ -105,7 +91,12 @@ def letter(choice: int | str, choices: Sequence[str]) -> str:
 
 
 def _boxes(row: Row) -> list[tuple[str, Box]]:
-    return [(str(item["label"]), box(item["bbox"])) for item in row["object"]]
+    return [(str(item["label"]), _box(item["bbox"])) for item in row["object"]]
+
+
+def _box(values: Any) -> Box:
+    x1, y1, x2, y2 = fraction_box(values)
+    return x1, y1, x2, y2
 
 
 def _sentences(row: Row) -> Sequence[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from octavius.inputs.arrays import read_array, read_arrays
+
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 LARGEST = 200.0  # metres: a longer scene is one in other units
 SMALLEST = 1e-3
@@ -19,7 +21,8 @@ FARTHEST = 1000.0  # metres from the origin: there float32 still tells a tenth o
 MAX_BAD = 0.05  # share of the points that may have no finite coordinates
 DAMAGED = (  # what numpy and trimesh raise on files that are cut short, of another format, or lack their reader
     OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, NotImplementedError,
-    struct.error, zipfile.BadZipFile, zlib.error,
+    struct.error, zipfile.BadZipFile, zlib.error, SyntaxError, MemoryError, ArithmeticError, RecursionError, NameError,
+    AssertionError,
 )  # fmt: skip
 
 
@@ -66,11 +69,10 @@ def read_cloud(path: str | Path, unit: str = "m", seed: int = 0) -> PointCloud:
     try:
         match path.suffix.lower():
             case ".npy":
-                cloud = _from_array(np.load(path, allow_pickle=False))
+                cloud = _from_array(read_array(path))
             case ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
-                    rows = [arrays[name] for name in ("xyz", "rgb") if name in arrays]
-                    cloud = _from_array(np.concatenate(rows, 1))
+                rows = list(read_arrays(path, ("xyz", "rgb")).values())
+                cloud = _from_array(np.concatenate(rows, 1))
             case ".pcd":
                 cloud = _from_pcd(path.read_bytes())
             case _:

@@ -4,7 +4,6 @@ They are given (ground truth, or a detector's, in upstream's layout of 8×3 corn
 planes that carry much of the scene (floor, ceiling, walls) are taken away by RANSAC, the rest is clustered.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import numpy as np
 from scipy.spatial import KDTree
 from sklearn.cluster import DBSCAN
 
+from octavius.inputs.arrays import read_array, read_arrays
+from octavius.inputs.documents import read_json
 from octavius.points.cloud import DAMAGED, PointCloud
 
 MIN_POINTS = 8  # an object with fewer in its box is no object
@@ -48,12 +49,12 @@ def read_boxes(path: str | Path) -> Boxes:
         if path.is_dir():
             files = sorted(path.glob("*.npy"), key=lambda file: (len(file.stem.partition("-")[0]), file.stem))
             names = [file.stem.partition("-")[2] for file in files]
-            raw = [np.load(file, allow_pickle=False) for file in files]
+            raw = [read_array(file) for file in files]
         elif path.suffix == ".json":
-            items = json.loads(path.read_text(encoding="utf-8"))
+            items = read_json(path)
             names, raw = [str(item.get("name", "")) for item in items], [item["bbox"] for item in items]
         else:
-            raw = list(np.load(path, allow_pickle=False))
+            raw = list(read_array(path))
         boxes = [_extent(np.asarray(box, np.float64)) for box in raw]
     except DAMAGED as error:
         raise ValueError(f"{path}: cannot be read as boxes: {error}") from error
@@ -68,14 +69,14 @@ def boxes_within(path: Path) -> Boxes | None:
     Raises:
         ValueError: they are not boxes, or not one whole number for each.
     """
-    with np.load(path, allow_pickle=False) as arrays:
-        if "boxes" not in arrays:
-            return None
-        try:
-            boxes = np.stack([_extent(np.asarray(box, np.float64)) for box in arrays["boxes"]])
-            ids = arrays["ids"] if "ids" in arrays else np.arange(len(boxes))
-        except DAMAGED as error:
-            raise ValueError(f"{path}: its boxes cannot be read: {error}") from error
+    arrays = read_arrays(path, ("boxes", "ids"))
+    if "boxes" not in arrays:
+        return None
+    try:
+        boxes = np.stack([_extent(np.asarray(box, np.float64)) for box in arrays["boxes"]])
+        ids = arrays.get("ids", np.arange(len(boxes)))
+    except DAMAGED as error:
+        raise ValueError(f"{path}: its boxes cannot be read: {error}") from error
     if ids.shape != (len(boxes),) or ids.dtype.kind not in "iu" or len(set(ids.tolist())) < len(ids):
         raise ValueError(f"{path}: ids must be {len(boxes)} different whole numbers, got {ids.shape} {ids.dtype}")
     return Boxes(boxes, [str(number) for number in ids])

@@ -22,8 +22,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
+from octavius.inputs.images import open_image
 from octavius.report.plots import points, smooth
 from octavius.report.tables import (
     PARTS,
@@ -180,11 +180,8 @@ def _percent(box: Sequence[float]) -> str:
 
 def _inline(path: str | Path) -> str:
     """The image, at most IMAGE_SIDE wide and high and on white, as a data URL."""
-    with Image.open(path) as image:
-        image = image.convert("RGBA")
+    image = open_image(path)
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    page = Image.new("RGB", image.size, "white")
-    page.paste(image, mask=image.getchannel("A"))
     data = io.BytesIO()
-    page.save(data, "JPEG", quality=85)
+    image.save(data, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

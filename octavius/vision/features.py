@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import track
 
+from octavius.inputs.images import check_readable, open_image
 from octavius.vision.towers import ImageTower
 
 CHUNK = 32  # images that go through a tower at once, at most
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
 class FeatureStore:
@@ -56,7 +55,7 @@ class FeatureStore:
                 for row, path in chunk:
                     try:
                         pixels.append((row, self._open(path)))
-                    except UNREADABLE as error:
+                    except ValueError as error:
                         bad[str(path)] = str(error)
                 if pixels:
                     features[[row for row, _ in pixels]] = self._encode([tensor for _, tensor in pixels]).numpy()
@@ -77,8 +76,7 @@ class FeatureStore:
         return torch.cat([self._encode([self._open(path) for path in chunk]) for chunk in chunks])
 
     def _open(self, path: Path) -> torch.Tensor:
-        with Image.open(path) as image:
-            return self.tower.pixels(image)
+        return self.tower.pixels(open_image(path))
 
     @torch.inference_mode()
     def _encode(self, pixels: list[torch.Tensor]) -> torch.Tensor:
@@ -88,9 +86,7 @@ class FeatureStore:
 
 def _unreadable(path: Path) -> str | None:
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (1, 1))  # of a JPEG an eighth of each side: cheaper, and still all of its bytes
-            image.load()
-    except UNREADABLE as error:
+        check_readable(path)
+    except ValueError as error:
         return str(error)
     return None

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
 from octavius.assets import registry
+from octavius.inputs.images import upright
 from octavius.registry import Registry
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -40,10 +41,8 @@ class ImageTower(nn.Module):
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """An image as [3, size, size], squashed to the square, so that fractions of its sides stay fractions."""
-        image = image.convert("RGBA") if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA") else image
-        if image.mode == "RGBA":  # what is transparent shows white
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        array = np.asarray(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC), np.float32)
+        square = upright(image).resize((self.size, self.size), Image.Resampling.BICUBIC)
+        array = np.asarray(square, np.float32)
         mean, std = np.array(self.mean_std, np.float32)
         return torch.from_numpy((array / 255 - mean) / std).permute(2, 0, 1)
 
@@ -111,6 +110,11 @@ class ViTTower(ImageTower):
         self.layer, self.merge, self.side = layer, merge, self.size // config.patch_size
         if self.side % merge:
             raise ValueError(f"tower_merge must divide the {self.side} tokens of a side, got {merge}")
+        if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
+            raise ValueError(
+                f"tower_layer must be a hidden state of {source}, {-config.num_hidden_layers - 1} to "
+                f"{config.num_hidden_layers}, got {layer}"
+            )
         self.grid = (self.side // merge, self.side // merge)
         self.tokens, self.width = self.grid[0] * self.grid[1], config.hidden_size * merge**2
 

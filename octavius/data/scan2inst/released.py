@@ -8,7 +8,7 @@ and torch tensors, and refuses every other type.
 """
 
 import io
-import json
+import math
 import pickle
 import re
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from octavius.inputs.arrays import read_array
+from octavius.inputs.documents import read_json
 from octavius.points.object_store import Objects
 from octavius.points.proposals import read_boxes
 
@@ -37,6 +39,8 @@ def _tensor(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: 
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else offset - 1
     if not isinstance(storage, torch.Tensor) or min((offset, *size, *stride)) < 0 or last >= storage.numel():
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    if math.prod(size) > storage.numel():
+        raise pickle.UnpicklingError(f"a tensor of {storage.numel()} stored numbers claims to have {math.prod(size)}")
     return storage.as_strided(size, stride, offset).clone()
 
 
@@ -140,7 +144,7 @@ def read_pickle(file: Path) -> tuple[list[dict[str, Any]], dict[Path, Objects]]:
             raise ValueError(f"its lists must be equally long, got {[len(column) for column in columns]}")
     except (
         OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, IndexError,
-        ImportError, RuntimeError, MemoryError, OverflowError,
+        ImportError, RuntimeError, MemoryError, OverflowError, RecursionError,
     ) as error:  # fmt: skip
         raise ValueError(f"{file}: cannot be read as a Scan2Inst pickle: {error}") from error
     names = names or [str(row) for row in range(count)]
@@ -166,7 +170,10 @@ def read_layout(file: Path, root: Path) -> tuple[list[dict[str, Any]], dict[Path
     `lamm_scannet_tr3d`.
     """
     records, scenes = [], {}
-    for index, item in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+    items = read_json(file)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{file}: must be a list of records")
+    for index, item in enumerate(items):
         one = item.get("task_type") in ABOUT_ONE
         source = root / ("lamm_scannet_gt" if one else "lamm_scannet_tr3d")
         try:
@@ -175,7 +182,7 @@ def read_layout(file: Path, root: Path) -> tuple[list[dict[str, Any]], dict[Path
                 scenes[key] = _folder(source, item["scene_id"])
             if one and int(item["object_id"]) not in scenes[key].ids:
                 raise ValueError(f"no object {item['object_id']} in {key}")
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{file}: record {index}: {error}") from error
         records.append(item | {"pcl": str(key)} | ({"object_id": int(item["object_id"])} if one else {}))
     return records, scenes
@@ -185,7 +192,7 @@ def _folder(source: Path, scene: str) -> Objects:
     """The objects of one scene, in the order of their numbers."""
     boxes = read_boxes(source / "bbox" / scene)
     files = sorted((source / "bbox" / scene).glob("*.npy"), key=lambda f: (len(f.stem.partition("-")[0]), f.stem))
-    features = [np.load(source / "ins_pc_feat" / scene / file.name, allow_pickle=False) for file in files]
+    features = [read_array(source / "ins_pc_feat" / scene / file.name) for file in files]
     ids = [int(file.stem.partition("-")[0]) for file in files]  # a name may hold further hyphens
     return _objects(np.stack([row.reshape(-1) for row in features]), boxes.boxes, ids)
 

@@ -10,7 +10,6 @@ Nr3D, a CSV file: scan_id, target_id, utterance             captions (Achlioptas
 """
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import trimesh
 
 from octavius.data.scan2inst.relations import Box3D, Scene, SceneObject, colour_name
+from octavius.inputs.documents import read_json
 from octavius.points.cloud import PointCloud, checked
 from octavius.points.proposals import MIN_POINTS
 
@@ -81,7 +81,7 @@ def read_captions(file: Path) -> Captions:
                 for row in csv.DictReader(stream):
                     found[row["scan_id"], int(row["target_id"])].append(_sentence(row["utterance"]))
         else:
-            for item in json.loads(file.read_text(encoding="utf-8")):
+            for item in read_json(file):
                 found[item["scene_id"], int(item["object_id"])].append(_sentence(item["description"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: cannot be read as ScanRefer or Nr3D: {type(error).__name__} {error}") from error
@@ -92,7 +92,7 @@ def read_questions(file: Path) -> Questions:
     """ScanQA's JSON: questions and their answers by scene; the test split has no answers and is left out."""
     found: Questions = defaultdict(list)
     try:
-        for item in json.loads(file.read_text(encoding="utf-8")):
+        for item in read_json(file):
             if answers := item.get("answers"):
                 found[item["scene_id"]].append((item["question"], [str(answer) for answer in answers]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -145,4 +145,4 @@ def _alignment(file: Path) -> np.ndarray:
 
 
 def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)

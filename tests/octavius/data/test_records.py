@@ -42,7 +42,7 @@ def test_images_folder_and_defaults(tmp_path):
 XML = (
     (
         '<Root><Item x1="0.5" y1="0" x2="1.0" y2="0.25" cls="dog"/>'
-        '<Item x1="-0.1" y1="0.3" x2="0.4" y2="1.7" cls="owl"/></Root>',
+        '<Item x1="-0.01" y1="0.3" x2="0.4" y2="1.03" cls="owl"/></Root>',
         [("dog", [0.5, 0, 1, 0.25]), ("owl", [0, 0.3, 0.4, 1])],
         "An owl at [0.00, 0.30, 0.40, 1.00]. A dog at [0.50, 0.00, 1.00, 0.25].",
     ),
@@ -73,6 +73,7 @@ def detection(xml):
     return item(task_type="detection", conversations=tiny.turns("Boxes?", xml))
 
 
+HUGE = json.dumps([item(pcl="a.npz", task_type="classification3d", object_id=0)]).replace(": 0", ": 1e400")
 BAD = (
     ("{", "cannot be read as JSON"),
     ('{"image": 3}', "must be a list of records, got dict"),
@@ -87,6 +88,15 @@ BAD = (
     ([item(conversations=["a", "b"])], r"field conversations\[0\] must be from human"),
     ([detection('<Item x1="0" y1="0" x2="1" cls="a"/>')], r"field conversations\[1\] must be XML <Item>s with x1"),
     ([detection('<Item x1="left" y1="0" x2="1" y2="1"/>')], "could not convert string to float: 'left'"),
+    ([detection('<Item x1="12" y1="20" x2="310" y2="200" cls="a"/>')], r"\(id x7\).*fractions.*are these pixels"),
+    ([detection('<Item x1="nan" y1="0" x2="1" y2="1" cls="a"/>')], r"\(id x7\).*four finite numbers"),
+    ([detection('<Item x1="0.5" y1="0" x2="0.2" y2="1" cls="a"/>')], r"\(id x7\).*x1 <= x2"),
+    ([item(object=[{"label": "a", "bbox": [0, 0, 1, float("nan")]}])], r"\(id x7\): field object: a box must be four"),
+    ([item(object=[{"label": "a", "bbox": [0, 0, 300, 200]}])], r"\(id x7\): field object: .*are these pixels"),
+    ([item(object=[{"label": "a", "bbox": 3}])], r"\(id x7\): field object: a box must be four numbers"),
+    ([item(task_type=["x"])], r"record 0 \(id x7\): field task_type must be one of .*, got \['x'\]"),
+    (HUGE, "field object_id must be a number, got inf"),
+    ("[" * 100_000, "cannot be read as JSON: lists and objects are nested too deeply"),
     ([detection('<Item x1="0" y1="0"')], r"field conversations\[1\] must be XML"),
 )
 
@@ -97,6 +107,12 @@ def test_malformed_file_names_file_record_and_field(tmp_path, items, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_records(path)
     assert str(path) in str(caught.value)
+
+
+def test_byte_order_mark_is_read_over(tmp_path):
+    path = tmp_path / "bom.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([item()]).encode())
+    assert [record.id for record in read_records(path)] == ["x7"]
 
 
 def test_file_that_is_not_there_or_no_text(tmp_path):
