@@ -12,8 +12,9 @@ from octavius.assets import registry
 from octavius.config import load_config
 from octavius.data.loading import load_data
 from octavius.demo import demo as run_demo
+from octavius.evaluation.answering import Plan, answer_file, parse_shard
 from octavius.evaluation.benchmarks import BENCHMARKS
-from octavius.evaluation.evaluate import evaluate, load_benchmarks, read_answers, write_answers
+from octavius.evaluation.evaluate import exchange_images, load_benchmarks, read_answers
 from octavius.evaluation.scoring import score
 from octavius.model.octavius import Octavius
 from octavius.points.pointbert import PRESETS as POINT_PRESETS
@@ -79,9 +80,16 @@ def evaluate_command(
     file: Annotated[str, typer.Option(help="With --config: the file of questions under `data.root`.")] = "test.json",
     benchmark: Annotated[list[str] | None, typer.Option(help="A benchmark's name. May be repeated.")] = None,
     data: Annotated[str | None, typer.Option(help="With --benchmark: its folder, or such as mini-lamm:mini.")] = None,
+    inferencer: Annotated[str | None, typer.Option(help="Direct, PPL or CoT; the benchmark's when left out.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions that the model gets at once.")] = 32,
+    shard: Annotated[str | None, typer.Option(help="NUMBER/COUNT, such as 1/2: answer this part alone.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the answers; the model's when left out.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the benchmarks and stop.")] = False,
 ) -> None:
-    """Score a model on benchmarks, or on a file of questions, with their own images and blind."""
+    """Score a model on benchmarks, or on a file of questions, with their own images and blind.
+
+    A run that was killed goes on where it stopped. Shards are scored together by `octavius score FILES`.
+    """
     if listed:
         console.print(benchmark_table())
         return
@@ -92,10 +100,15 @@ def evaluate_command(
         records, stores = load_data(load_config(config, settings).data, file, **loaded.readers())
     else:
         records, stores = load_benchmarks(benchmark or [], data, **loaded.readers())
-    scores, answers = evaluate(loaded, records, stores)
-    blind, _ = evaluate(loaded, records, stores, blind=True)
-    write_answers(model / f"answers-{'+'.join(benchmark or [Path(file).stem])}.jsonl", records, answers)
-    console.print(score_table({"scores": {"moe": scores, "blind": blind}}))
+    plan = Plan(batch_size, None, inferencer, parse_shard(shard))
+    name = "+".join(benchmark or [Path(file).stem]) + (f"-{plan.shard[0]}-of-{plan.shard[1]}" if shard else "")
+    folder = output or model
+    scores = {}
+    for column, asked in (("moe", records), ("blind", exchange_images(records))):
+        path = folder / f"answers-{name}{'-blind' if column == 'blind' else ''}.jsonl"
+        answer_file(loaded, asked, stores, path, plan)
+        scores[column] = score(read_answers([path]))
+    console.print(score_table({"scores": scores}), f"answers in {folder}/answers-{name}.jsonl")
 
 
 @app.command("score")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
-from octavius.data.batches import Collator, InstructionData
 from octavius.data.loading import Stores, open_stores
 from octavius.data.records import Record, drop_unreadable
+from octavius.evaluation.answering import Plan, answer_batches, answer_line, write_lines
 from octavius.evaluation.benchmarks import benchmark_records
 from octavius.evaluation.scoring import check, score
 from octavius.model.octavius import Octavius
@@ -33,7 +32,7 @@ def answer(
     records: list[Record],
     stores: Stores,
     batch_size: int = 32,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     blind: bool = False,
 ) -> Answers:
     """Greedy answers to the last question of every record.
@@ -46,24 +45,14 @@ def answer(
     """
     if blind:
         records = exchange_images(records)
-    data = InstructionData(records, model.conversation, model.image_tokens, 0, False, model.cloud_tokens)
-    collate = Collator(model.conversation.eos, stores.images, True, stores.scenes)
-    samples = [data[index] for index in range(len(data))]
-    order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
+    plan = Plan(batch_size, max_new_tokens)
     texts, weights = [""] * len(records), torch.zeros(len(records), model.settings.lora.num_experts)
-    was_training = model.training
-    model.eval()
     start, tokens = time.perf_counter(), 0
-    for first in track(range(0, len(order), batch_size), description="blind answers" if blind else "answers"):
-        rows = order[first : first + batch_size]
-        batch = collate([samples[row] for row in rows])
-        batch.pop("labels")
-        replies, gates = model.generate(**batch, max_new_tokens=max_new_tokens)
-        weights[rows] = gates.float().cpu()
+    for rows, replies, gates in answer_batches(model, records, stores, plan):
+        weights[rows] = gates
         for row, reply in zip(rows, replies, strict=True):
             texts[row] = reply
             tokens += len(model.tokenizer(reply).input_ids) + 1
-    model.train(was_training)
     return Answers(texts, weights, tokens / (time.perf_counter() - start))
 
 
@@ -130,27 +119,15 @@ def routing_map(records: list[Record], weights: torch.Tensor) -> dict[str, list]
 
 
 def write_answers(path: Path, records: list[Record], answers: Answers) -> None:
-    """One JSON line per record: id, image, question, answer, reference, experts, and the ground truth."""
-    lines = [
-        json.dumps(
-            {
-                "id": record.id,
-                "benchmark": record.truth.get("benchmark"),
-                "image" if record.image else "pcl": str(record.source),
-                "question": record.turns[-1][0],
-                "answer": text,
-                "reference": record.turns[-1][1],
-                "experts": [[e, round(w, 4)] for e, w in enumerate(weights.tolist()) if w > 0],
-                "truth": record.truth,
-            }
-        )
-        for record, text, weights in zip(records, answers.texts, answers.weights, strict=True)
-    ]
-    path.write_text("\n".join(lines) + "\n")
+    """One JSON line per record: index, id, image, question, answer, reference, experts, and the ground truth."""
+    write_lines(
+        path,
+        [answer_line(*row) for row in zip(range(len(records)), records, answers.texts, answers.weights, strict=True)],
+    )
 
 
 def read_answers(paths: list[Path]) -> list[dict[str, Any]]:
-    """The answered records of one or more files that `write_answers` wrote, as `score` takes them.
+    """The answered records of one or more files of answers, shards in any order, as `score` takes them.
 
     Raises:
         ValueError: a line is not such a record; the file and the line are named.
@@ -164,9 +141,9 @@ def read_answers(paths: list[Path]) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             try:
                 item = json.loads(line)
-                rows.append(item["truth"] | {"id": item["id"], "prediction": item["answer"]})
+                row = item["truth"] | {"id": item["id"], "prediction": item["answer"]}
+                rows.append((int(item["index"]), row))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}: line {number} must be a JSON object with id, answer and truth: {type(error).__name__}"
-                ) from error
-    return rows
+                kind = type(error).__name__
+                raise ValueError(f"{path}: line {number} must be an answer that eval wrote: {kind}") from error
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]

@@ -132,6 +132,7 @@ def test_written_answers_read_back(records, tmp_path):
     assert len(lines) == 7
     for index, (line, record) in enumerate(zip(lines, records, strict=True)):
         assert json.loads(line) == {
+            "index": index,
             "id": record.id,
             "benchmark": record.truth["benchmark"],
             "image": str(record.image),
