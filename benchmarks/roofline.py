@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from moe_lora.backend import cuda
-from moe_lora.backend.triton.launch import Call, Device, FusedGrid, Grid, Tile
+from moe_lora.backend.triton.launch import Call
+from moe_lora.backend.triton.tiles import Device, FusedGrid, Grid, Tile
 from moe_lora.routing import Plan
 
 
@@ -102,18 +103,23 @@ class Launch(NamedTuple):
     moved: int
 
 
-def launches(shape: Shape, device: Device, backward: bool, dropout: bool = False) -> list[Launch]:
-    """What the forward launches, or the backward with all gradients."""
+def launches(shape: Shape, device: Device, backward: bool, dropout: bool = False, split: bool = False) -> list[Launch]:
+    """What the forward launches, or the backward with all gradients; `split` leaves base products to the library."""
     call, members = _call(shape, device), shape.members
     D, F, rank_space = shape.D, shape.F, call.T * shape.K * shape.R * shape.dtype.itemsize
     sizes = ((call.T, D), (call.T, F), (F, D))
     x, dy, weight = (torch.empty(size, dtype=shape.dtype, device="meta") for size in sizes)
+    if split and not backward:
+        return [*_shrink(shape, call, D, members), *[_ranks(shape, call, F), _product(shape, D, F)] * members]
     if not backward:
         if members == 1 and (grid := call.fused_grid(x, weight, F, float(dropout))):
             return [_fused(shape, call, D, F, grid)]
         return [*_shrink(shape, call, D, members), *[_expand(shape, call, D, F)] * members]
     gates = Launch("gate_grad_kernel", 0, {"ds_ptr": rank_space, "h_ptr": rank_space}, 2 * rank_space)
-    if members == 1 and not dropout and (grid := call.fused_grid(dy, weight, D, 0.0)):
+    if split:
+        dx = [*_shrink(shape, call, F) * members, *[gates] * members]
+        dx += [_ranks(shape, call, D, members), *[_product(shape, F, D)] * members]
+    elif members == 1 and not dropout and (grid := call.fused_grid(dy, weight, D, 0.0)):
         dx = [_fused(shape, call, F, D, grid), gates]
     else:
         dx = [*_shrink(shape, call, F) * members, *[gates] * members, _expand(shape, call, F, D, members)]
@@ -198,6 +204,27 @@ def _expand(shape: Shape, call: Call, D: int, F: int, members: int = 1, fused: T
     return Launch("expand_kernel", 2 * rows * tile.BLOCK_T * columns * tile.BLOCK_F * work, requested, moved)
 
 
+def _ranks(shape: Shape, call: Call, F: int, members: int = 1) -> Launch:
+    """The expand without the base's product."""
+    tile, T, b, m = call.rank_tile(), call.T, shape.dtype.itemsize, shape.master.itemsize
+    slots, rank_space = shape.K if call.instance else shape.E, T * shape.K * shape.R * b
+    rows, columns = call.tiles(tile.BLOCK_T), -(-F // tile.BLOCK_F)
+    requested = {
+        **_each("lora", rows * slots * shape.R * F * m, members),
+        **_each("h", rank_space * columns, members),
+        "y_ptr": T * F * b,
+    }
+    moved = T * F * b + members * (rank_space + _experts(shape) * shape.R * F * m)
+    work = members * _up(slots * call.rank, call.step)
+    return Launch("ranks_kernel", 2 * rows * tile.BLOCK_T * columns * tile.BLOCK_F * work, requested, moved)
+
+
+def _product(shape: Shape, D: int, F: int) -> Launch:
+    """The library's product, which accumulates: it reads y and writes it."""
+    T, b = shape.N * shape.L, shape.dtype.itemsize
+    return Launch("library", 2 * T * D * F, {}, (T * D + D * F + 2 * T * F) * b)
+
+
 def _fused(shape: Shape, call: Call, D: int, F: int, grid: FusedGrid) -> Launch:
     """The expand, and the shrink in its first columns of tiles, without another read of x."""
     tile, expand, m = grid.tile, _expand(shape, call, D, F, fused=grid.tile), shape.master.itemsize
@@ -272,36 +299,62 @@ def microseconds(flops: float, moved: float, reached: Ceilings) -> float:
     return max(flops / reached.operations, moved / reached.bandwidth) * 1e6
 
 
-def predict(shape: Shape, gpu: Gpu, launch: float = 0.0, dropout: bool = False) -> dict[str, Any]:
-    """Microseconds of the frozen linears and of ours, forward and forward + backward, and ratios.
+def seconds(each: Launch, gpu: Gpu, q: float = 1.0) -> float:
+    """Microseconds of one launch, if a base product of our own reaches the share q of the library's rate."""
+    own = each.kernel in ("expand_kernel", "fused_kernel")
+    return microseconds(each.flops / (q if own else 1.0), each.moved, gpu.reached)
+
+
+def durations(
+    shape: Shape, gpu: Gpu, backward: bool, launch: float = 0.0, dropout: bool = False, q: float = 1.0
+) -> dict[str, float]:
+    """Microseconds of each way to run one direction: "fused" or "two" launches, "split", and "cuda" for few rows."""
+    found = {}
+    for split in (False, True):
+        kernels = launches(shape, gpu.device, backward, dropout, split)
+        fused = any(each.kernel == "fused_kernel" for each in kernels)
+        form = "split" if split else "fused" if fused else "two"
+        found[form] = sum(seconds(each, gpu, q) + launch for each in kernels)
+    few = shape.N * shape.L <= 64 and shape.members == 1 and gpu.device.backend == "cuda"
+    if few and not dropout and not backward:
+        one = decode(shape, 2 * gpu.device.processors)
+        found["cuda"] = microseconds(one.flops, one.moved, gpu.reached) + launch
+    return found
+
+
+def predict(shape: Shape, gpu: Gpu, launch: float = 0.0, dropout: bool = False, q: float = 1.0) -> dict[str, Any]:
+    """Microseconds of the frozen linears and of ours, forward and forward + backward, each its fastest way, and ratios.
 
     The base's backward is dx alone; of several members, which autograd adds up one after the other: `both_ratio`.
-    `product_ratio` leaves those additions out.
+    `product_ratio` leaves those additions out. `q` as in `seconds`.
     """
     T, D, F, members, size = shape.N * shape.L, shape.D, shape.F, shape.members, shape.dtype.itemsize
     base = microseconds(2 * T * D * F, (T * D + D * F + T * F) * size, gpu.reached) + launch
     additions = (members - 1) * (microseconds(0, 3 * T * D * size, gpu.reached) + launch)
-    forward, backward = (
-        sum(
-            microseconds(each.flops, each.moved, gpu.reached) + launch
-            for each in launches(shape, gpu.device, direction, dropout)
-        )
-        for direction in (False, True)
-    )
-    kernel = "triton"
-    if T <= 64 and members == 1 and gpu.device.backend == "cuda" and not dropout:
-        one = decode(shape, 2 * gpu.device.processors)
-        duration = microseconds(one.flops, one.moved, gpu.reached) + launch
-        forward, kernel = min((forward, kernel), (duration, "cuda"))
+    ways = [durations(shape, gpu, backward, launch, dropout, q) for backward in (False, True)]
+    kernels = [min(way, key=way.__getitem__) for way in ways]
+    forward, backward = (way[kernel] for way, kernel in zip(ways, kernels, strict=True))
     return {
         "base": members * base,
-        "forward_kernel": kernel,
+        "forward_kernel": kernels[0],
+        "backward_kernel": kernels[1],
         "forward": forward,
         "both": forward + backward,
         "forward_ratio": forward / (members * base),
         "both_ratio": (forward + backward) / (2 * members * base + additions),
         "product_ratio": (forward + backward) / (2 * members * base),
     }
+
+
+def break_even(shape: Shape, gpu: Gpu, dropout: bool = False) -> float | None:
+    """The least q, in steps of 0.005, from which base products of our own are no slower than the library's."""
+
+    def total(q: float, split: bool) -> float:
+        ways = [durations(shape, gpu, backward, 0.0, dropout, q) for backward in (False, True)]
+        return sum(min(time for way, time in each.items() if (way == "split") == split) for each in ways)
+
+    shares = [step / 200 for step in range(100, 201)]
+    return next((q for q in shares if total(q, False) <= total(q, True)), None)
 
 
 def main() -> None:
@@ -314,19 +367,30 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.launches:
         return print_launches(SHAPES[0], GPUS["H100"])
-    table = [
-        {"gpu": name, "shape": str(shape), **predict(shape, gpu, arguments.launch, arguments.dropout)}
-        for name, gpu in GPUS.items()
-        for shape in SHAPES
-    ]
+    table = []
+    for name, gpu in GPUS.items():
+        for shape in SHAPES:
+            row = {"gpu": name, "shape": str(shape), **predict(shape, gpu, arguments.launch, arguments.dropout)}
+            for q in (0.9, 0.8):
+                found = predict(shape, gpu, arguments.launch, arguments.dropout, q)
+                row |= {f"both_ratio_{q}": found["both_ratio"], f"backward_kernel_{q}": found["backward_kernel"]}
+            table.append(row | {"break_even": break_even(shape, gpu, arguments.dropout)})
     print(f"predicted, not measured: bf16, launch {arguments.launch} us, {TENSOR_SHARE:.0%} of peak operations and ")
-    print(f"{BANDWIDTH_SHARE:.0%} of peak bandwidth; microseconds, then ratios to the frozen linears; the last")
-    print("ratio, of xN linears of one x together, leaves out that autograd adds up the frozen ones' dx")
-    print(f"{'gpu':<7} {'shape':<40} {'base fwd':>9} {'ours fwd':>16} {'ratio':>6} {'fwd+bwd':>9} {'ratio':>6}")
+    print(
+        f"{BANDWIDTH_SHARE:.0%} of peak bandwidth; microseconds, then ratios to the frozen linears, whose dx autograd"
+    )
+    print(
+        "adds up for xN linears of one x. q: share of the library's rate that a Triton base product reaches; q = 1 is"
+    )
+    print(
+        "an upper bound. Of the forms (fused, two, split, cuda) the fastest; from the break-even on that is not split"
+    )
+    print(f"{'gpu':<7} {'shape':<40} {'base fwd':>9} {'ours fwd':>16} {'ratio':>6} {'fwd+bwd, q':>11} 1, .9, .8, even")
     for row in table:
         forward = f"{row['base']:>9.1f} {row['forward_kernel']:>6} {row['forward']:>9.1f} {row['forward_ratio']:>6.2f}"
-        last = f" {row['product_ratio']:>6.3f}" if row["product_ratio"] != row["both_ratio"] else ""
-        print(f"{row['gpu']:<7} {row['shape']:<40} {forward} {row['both']:>9.1f} {row['both_ratio']:>6.3f}{last}")
+        shares = f"{row['both_ratio']:>6.3f} {row['both_ratio_0.9']:>6.3f} {row['both_ratio_0.8']:>6.3f}"
+        even = f"{row['break_even']:>6.3f}" if row["break_even"] else "   none"
+        print(f"{row['gpu']:<7} {row['shape']:<40} {forward} {row['both']:>9.1f} {shares} {even}")
     if arguments.csv:
         with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, table[0])

@@ -5,7 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.roofline import GPUS, SHAPES, Shape, decode, launches, predict
+from moe_lora.backend import autotune, dispatch
+from moe_lora.backend.triton import backend, launch
+from moe_lora.ops import Plan
+
+from benchmarks.roofline import GPUS, SHAPES, Shape, break_even, decode, durations, launches, predict
 from tests.support import traffic
 
 
@@ -14,14 +18,14 @@ from tests.support import traffic
 @pytest.mark.parametrize("variant", traffic.VARIANTS[:5], ids=str)
 def test_model_counts_what_the_kernels_do(variant, target):
     shape, (found, device) = variant.shape, traffic.profiles(variant, f"sm_{target}")
-    wanted = [launch for back in (False, True) for launch in launches(shape, device, back, variant.dropout > 0)]
-    assert [profile.kernel for profile in found] == [launch.kernel for launch in wanted]
-    for profile, launch in zip(found, wanted, strict=True):
+    wanted = [one for back in (False, True) for one in launches(shape, device, back, variant.dropout > 0)]
+    assert [profile.kernel for profile in found] == [one.kernel for one in wanted]
+    for profile, one in zip(found, wanted, strict=True):
         operations = sum(count for name, count in profile.flops.items() if "mma" in name)
-        assert operations == pytest.approx(launch.flops, rel=0.02), launch
-        for name, size in launch.requested.items():
+        assert operations == pytest.approx(one.flops, rel=0.02), one
+        for name, size in one.requested.items():
             counted = profile.loads(name).bytes + profile.stores(name).bytes
-            assert counted == pytest.approx(size, rel=0.02), (launch.kernel, name, launch)
+            assert counted == pytest.approx(size, rel=0.02), (one.kernel, name, one)
 
 
 @pytest.mark.parametrize("held", [2, 8], ids="{} blocks".format)
@@ -52,3 +56,39 @@ def test_predictions_are_sane(gpu):
 def test_linears_cost_little_more_than_frozen_ones():
     found = predict(Shape(8, 1024, 4096, 4096, members=3), GPUS["H100"])
     assert found["both_ratio"] <= 1.07 < predict(SHAPES[0], GPUS["H100"])["both_ratio"] <= 1.10
+
+
+@pytest.mark.parametrize("q, forward, backward", [(0.85, "split", "split"), (1.0, "fused", "fused")], ids=str)
+def test_choice_on_an_h100_depends_on_what_a_triton_product_reaches(q, forward, backward, monkeypatch, tmp_path):
+    """The clock is the cost model: at 85 % of the library's rate the product is left to it, at 100 % it is not."""
+    gpu, shape = GPUS["H100"], SHAPES[0]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MOE_LORA_BACKEND", raising=False)
+    monkeypatch.setattr(autotune, "_state", autotune.State())
+    monkeypatch.setattr(autotune, "applies", lambda device: True)
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    for module in (backend, launch):
+        monkeypatch.setattr(module, "device_of", lambda device: gpu.device)
+    x, weight = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((8, 1024, 4096), (4096, 4096)))
+    lora_a, experts = torch.empty(4, 4096, 32, device="meta"), torch.zeros(8, 2, dtype=torch.int32, device="meta")
+    plan = Plan(experts, torch.ones(8, 2, device="meta"), None, 1.0, 0.0, None)
+    for needs, wanted in ((None, forward), ((True,) * 4, backward)):
+        request = dispatch.Request(x, weight, lora_a, plan, needs)
+        times = durations(shape, gpu, needs is not None, q=q)
+        able = [candidate for candidate in dispatch.ordered("auto", request) if candidate.name == "triton"]
+        assert {candidate.form.partition("-")[0] for candidate in able} == {"fused", "two", "split"}
+        times["two"] = times.get("two", 1.05 * times["fused"])
+        clock = {str(one): times[one.form.partition("-")[0]] + 0.01 * ("-" in one.form) for one in able}
+        clock["reference"] = 10 * times["split"]
+        runs = {name: (lambda name=name: name) for name in clock}
+        monkeypatch.setattr(autotune, "milliseconds", lambda run, device, clock=clock: clock[run()])
+        autotune.time_all(request.bucket, x.device, runs)
+        assert str(dispatch.ordered("auto", request)[0]) == f"triton/{wanted}"
+
+
+def test_products_of_our_own_pay_from_a_share_of_the_librarys_rate_on():
+    for gpu in ("A100", "H100", "B200"):
+        even = break_even(SHAPES[0], GPUS[gpu])
+        assert even is not None and 0.9 < even <= 1.0
+        ratios = [predict(SHAPES[0], GPUS[gpu], q=q)["both_ratio"] for q in (1.0, 0.9, 0.8, 0.5)]
+        assert ratios == sorted(ratios) and ratios[-1] < 1.2  # never much behind, whatever a Triton product reaches

@@ -1,13 +1,14 @@
 """What the Triton backend would launch on GPUs that are not here, compiled for them: registers, shared memory, spills.
 
-`python -m tests.aot` writes the table that `test_aot.py` compares with. A launch goes the usual way, down to a driver
-that tells the target and runs nothing, so that the tile sizes are those which that GPU gets.
+`python -m tests.support.aot [TARGET...]` writes the table that `test_aot.py` compares with. A launch goes the usual
+way, down to a driver that tells the target and runs nothing, so that the tile sizes are those which that GPU gets.
 """
 
 import csv
 import re
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import moe_lora
 import torch
 import triton
+from moe_lora.backend import dispatch
+from moe_lora.ops import Plan
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as active
 from triton.runtime.cache import get_cache_manager
@@ -32,17 +35,35 @@ class Target(NamedTuple):
     many: str
 
 
+def _cuda(capability: int, shared: int, processors: int, many: str = "mma.sync") -> Target:
+    return Target(GPUTarget("cuda", capability, 32), shared, processors, "mma.sync", many)
+
+
+def _hip(name: str, warp: int, shared: int, processors: int, instruction: str) -> Target:
+    return Target(GPUTarget("hip", name, warp), shared, processors, instruction, instruction)
+
+
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 166912, 108, "mma.sync", "mma.sync"),  # A100
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 232448, 132, "mma.sync", "wgmma"),  # H100
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 232448, 148, "mma.sync", "tcgen05"),  # B200
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65536, 304, "v_mfma", "v_mfma"),  # MI300X
-    "gfx1100": Target(GPUTarget("hip", "gfx1100", 32), 65536, 96, "v_wmma", "v_wmma"),  # RX 7900 XTX
+    "sm_80": _cuda(80, 166912, 108),  # A100
+    "sm_86": _cuda(86, 101376, 82),  # RTX 3090
+    "sm_89": _cuda(89, 101376, 128),  # RTX 4090
+    "sm_90": _cuda(90, 232448, 132, "wgmma"),  # H100
+    "sm_100": _cuda(100, 232448, 148, "tcgen05"),  # B200
+    "sm_103": _cuda(103, 232448, 148, "tcgen05"),  # B300
+    "sm_120": _cuda(120, 101376, 170),  # RTX 5090
+    "sm_121": _cuda(121, 101376, 48),  # GB10
+    "gfx942": _hip("gfx942", 64, 65536, 304, "v_mfma"),  # MI300X
+    "gfx950": _hip("gfx950", 64, 163840, 256, "v_mfma"),  # MI355X
+    "gfx1100": _hip("gfx1100", 32, 65536, 96, "v_wmma"),  # RX 7900 XTX
+    "gfx1201": _hip("gfx1201", 32, 65536, 64, "v_wmma"),  # RX 9070 XT
 }
 
 
 class Case(NamedTuple):
-    """Forward and backward of one linear, or of one and `others` together; each instance of `rows` rows."""
+    """Forward and backward of one linear, or of one and `others` together; each instance of `rows` rows.
+
+    `form` is how: "own" makes base products itself, in one launch where that can be, else in two.
+    """
 
     instances: int
     rows: int
@@ -53,12 +74,14 @@ class Case(NamedTuple):
     packed: bool = False
     others: tuple[int, ...] = ()  # their F
     rank: int = 32
+    form: str = "own"
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.") + ("-packed" if self.packed else "")
         widths = "+".join(map(str, (self.F, *self.others)))
         rank = f"-R{self.rank}" if self.rank != 32 else ""
-        return f"{self.instances}x{self.rows}-{self.D}-{widths}-{kind}-p{self.dropout}{rank}"
+        form = f"-{self.form}" if self.form != "own" else ""
+        return f"{self.instances}x{self.rows}-{self.D}-{widths}-{kind}-p{self.dropout}{rank}{form}"
 
 
 CASES = (
@@ -72,7 +95,15 @@ CASES = (
     Case(8, 1024, 4096, 4096, torch.bfloat16, 0.1, others=(4096, 4096)),
     Case(16, 110, 576, 576, torch.float16, packed=True, others=(192, 192)),
     Case(8, 64, 576, 1536, torch.bfloat16, 0.1, others=(1536,)),
+    Case(8, 1024, 4096, 4096, torch.bfloat16, 0.1, form="split"),
+    Case(8, 1024, 4096, 4096, torch.bfloat16, form="two-narrow"),
 )
+
+
+# every case on these; on the others, which share an architecture with one of these, those that take most resources
+_EVERY = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+_MOST = (CASES[0], CASES[4], CASES[7], CASES[10])
+PAIRS = tuple((target, case) for target in TARGETS for case in (CASES if target in _EVERY else _MOST))
 
 
 class Row(NamedTuple):
@@ -141,7 +172,7 @@ def recorded(target: str) -> Iterator[list]:
 
 def rows(target: str, case: Case) -> list[Row]:
     """The kernels of a case's forward and backward, in the order of their launches."""
-    N, L, D, F, dtype, dropout, packed, others, R = case
+    N, L, D, F, dtype, dropout, packed, others, R, form = case
     x = torch.empty(N * L, D, dtype=dtype).requires_grad_()
     widths = (F, *others)
     lora_as = [torch.empty(4, D, R).requires_grad_() for _ in widths]
@@ -149,8 +180,12 @@ def rows(target: str, case: Case) -> list[Row]:
     weights = [torch.empty(width, D, dtype=dtype) for width in widths]
     offsets = torch.arange(N + 1, dtype=torch.int32) * L if packed else None
     routing = moe_lora.Routing(torch.zeros(N, 2, dtype=torch.int32), torch.ones(N, 2).requires_grad_(), offsets)
-    settings = (routing, 1.0, dropout, 2**40, "triton")
     with recorded(target) as launches:
+        if form == "own":
+            plan = Plan(routing.experts, routing.gates, offsets, 1.0, dropout, torch.tensor(2**40))
+            able = dispatch.forms("triton", x, weights[0], lora_as[0], plan)
+            form = "fused" if "triton/fused" in able and not others else "two"
+        settings = (routing, 1.0, dropout, 2**40, f"triton/{form}")
         if others:
             ys = moe_lora.linear_group(x, weights, [None] * len(widths), lora_as, lora_bs, *settings)
         else:
@@ -197,15 +232,18 @@ def read() -> list[Row]:
     return [Row(*line[:4], *map(int, line[4:9]), line[9]) for line in lines]
 
 
-def write() -> None:
+def write(targets: Sequence[str] = tuple(TARGETS)) -> None:
+    """The table, with these targets' rows made anew."""
+    kept = [row for row in read() if row.target not in targets]
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         for target in TARGETS:
-            for case in CASES:
+            writer.writerows(row for row in kept if row.target == target)
+            for case in [case for of, case in PAIRS if of == target and target in targets]:
                 writer.writerows(rows(target, case))
                 file.flush()
 
 
 if __name__ == "__main__":
-    write()
+    write(sys.argv[1:] or tuple(TARGETS))

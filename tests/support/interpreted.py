@@ -8,7 +8,7 @@ import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moe_lora.backend.triton import launch
+from moe_lora.backend.triton import launch, tiles
 from moe_lora.verify import Case, make
 
 from tests.moe_lora.test_linear import CASES
@@ -46,7 +46,7 @@ def test_interpreted_one_launch_matches_oracle_on_random_shapes(data, dropout, m
     D, F, R = 8 * data.draw(st.integers(1, 12)), 8 * data.draw(st.integers(1, 40)), data.draw(st.integers(1, 32))
     experts = data.draw(st.lists(st.tuples(*[st.integers(0, E - 1)] * K), min_size=N, max_size=N))
     case, fused = Case((*lengths, 65), D, F, E, K, R, dropout, True, experts=(*experts, experts[0])), []
-    device, run = launch.Device(None, "cuda", 100, 1 << 30, 1), launch.Call.fused
+    device, run = tiles.Device(None, "cuda", 100, 1 << 30, 1), launch.Call.fused
     monkeypatch.setattr(launch, "device_of", lambda _: device)
     monkeypatch.setattr(launch.Call, "_form", lambda *_: ("instance", "asked for"))
     monkeypatch.setattr(launch.Call, "fused", lambda *call, **more: fused.append(1) or run(*call, **more))

@@ -1,6 +1,6 @@
 """What the GPU kernels do to memory, as the emulator counts it: sectors and bank conflicts by kernel and target.
 
-`python -m tests.traffic` writes the table that `test_traffic.py` holds the kernels to.
+`python -m tests.support.traffic` writes the table that `test_traffic.py` holds the kernels to.
 """
 
 import csv
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import moe_lora
 import torch
 from moe_lora.backend.triton import launch
+from moe_lora.backend.triton.tiles import Device
 from ptxemu.counters import Profile
 from ptxemu.driver import Emulator
 
@@ -71,7 +72,7 @@ class Row(NamedTuple):
 
 
 @cache
-def profiles(variant: Variant, target: str) -> tuple[list[Profile], launch.Device]:
+def profiles(variant: Variant, target: str) -> tuple[list[Profile], Device]:
     """Of each launch of a forward and backward; and the device."""
     shape, dropout, packed, _ = variant
     N, L, D, F, E, K, R, dtype, master, members = vars(shape).values()

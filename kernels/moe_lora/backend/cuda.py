@@ -52,11 +52,16 @@ class Library:
         return found.value
 
     def launch(self, kernel: int, tensors: list[Tensor | None], sizes: Sizes, grid: int, shared: int) -> None:
-        device = next(tensor.device for tensor in tensors if tensor is not None)
-        pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() if t is not None else None for t in tensors))
-        with torch.cuda.device(device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            self.check(self.functions.moe_lora_decode(kernel, pointers, ctypes.byref(sizes), grid, shared, stream))
+        device = tensors[0].device if tensors[0] is not None else torch.device(self.device)
+        pointers = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() if t is not None else None for t in tensors])
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(kernel, tensors, sizes, grid, shared)
+        stream = self.stream(device)
+        self.check(self.functions.moe_lora_decode(kernel, pointers, ctypes.byref(sizes), grid, shared, stream))
+
+    def stream(self, device: torch.device) -> ctypes.c_void_p:
+        return ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
 
     def check(self, error: int) -> None:
         if error:
@@ -77,6 +82,11 @@ def library() -> Library | str:
     except (OSError, RuntimeError) as error:
         return str(error)
     return found
+
+
+def generation() -> object:
+    """The library in use."""
+    return library()
 
 
 def unavailable() -> str | None:

@@ -9,6 +9,8 @@ A backend is a module with
 with h [T, K·R] as `reference` defines it. "auto" takes one without `backward` for the forward alone. One that has
 several ways to run a call also has
     candidates(x, weight, lora_a, plan, needs) -> the names of those ways, its rule's first; `form` is then one of them
+    candidates_group(x, weight, lora_a, plan, needs) -> the same for a group with this first member
+and its backward takes every form of its forward.
 A backend that can run a group of linears of one x together also has
     refuses_group(x, weights, lora_as, plan) -> None or the reason why it cannot, or why that would not pay
     forward_group(x, weights, biases, lora_as, lora_bs, plan[, form]) -> ys, hs
@@ -269,8 +271,7 @@ def ordered(backend: str, request: Request) -> list[Candidate]:
     if form and form not in forms and needs is None:
         one_of = ", ".join(filter(None, forms)) or "none, it has one way only"
         raise ValueError(f"backend {name}{of} cannot run this call as {form!r}; of its forms can: {one_of}")
-    # a form that the backward does not have leaves that to the rule
-    return [Candidate(name, form if form in forms else forms[0])]
+    return [Candidate(name, form or forms[0])]
 
 
 def ordered_group(
@@ -385,11 +386,11 @@ def _key(backend: str, request: Request) -> tuple:
     """All that a choice depends on, quick to make."""
     x, weight, lora_a, plan, needs = request
     return (
+        (autotune.generation(x.device), *[module.generation() for module in _changing(_BACKENDS)]),
         _resolve(backend)[0],
         x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15,
         weight.shape, weight.stride(), weight.data_ptr() & 15, lora_a.shape, lora_a.stride(), lora_a.dtype,
         plan.experts.shape, plan.offsets is None, plan.dropout > 0, needs,
-        autotune.generation(x.device), *[module.generation() for module in _changing(_BACKENDS)],
     )  # fmt: skip
 
 
@@ -406,6 +407,6 @@ _changing_of: tuple[dict[str, ModuleType] | None, list[Any]] = None, []
 
 
 def _remember(key: tuple, chosen: Candidate) -> None:
-    if len(_memory) >= _MOST_MEMORIES:
+    if len(_memory) >= _MOST_MEMORIES or (_memory and next(iter(_memory))[0] != key[0]):
         _memory.clear()
     _memory[key] = chosen

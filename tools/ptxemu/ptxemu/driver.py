@@ -89,7 +89,7 @@ class Utils:
     """Limits of a device."""
 
     def __init__(self, target: int):
-        self.shared = {80: 166912, 89: 101376, 120: 101376}.get(target, 232448)
+        self.shared = {80: 166912, 86: 101376, 89: 101376, 120: 101376, 121: 101376}.get(target, 232448)
 
     def get_device_properties(self, device: int) -> dict:
         limits = {"max_shared_mem": self.shared, "multiprocessor_count": 2, "warpSize": 32, "max_num_regs": 65536}
@@ -139,7 +139,7 @@ class Emulator:
     """A context in which `kernel[grid](...)` on CPU tensors runs in the emulator.
 
     Args:
-        target: compute capability: 80, 90 or 100.
+        target: compute capability: 80, 90, 100 or 120; others of these generations run as those do.
         uninitialised: tensors that must not be read before they are written.
         rewrite: changes the PTX text before it runs, to plant faults.
         settings: `races`, `seed` and `schedules`, see `Settings`.

@@ -2,12 +2,13 @@
 
     shrink   h = drop(x) A                               one read of x, [T, K·R] written
     expand   y = x Wᵀ + bias + (s g h) B                 one kernel, the low-rank part one step more of its sum over D
+    split    y = bias + (s g h) B, then y += x Wᵀ        by the library's product, which accumulates
     backward ds = dy Bᵀ, dx = dy W + drop((s g ds) Aᵀ)   the same two kernels on the transposed tensors
              dA_e = Σ drop(x)ᵀ (s g ds), dB_e = Σ (s g h)ᵀ dy, dg = s Σ <ds, h>
 
 Two or three linears of one x share its shrink, their dx is one expand over all of them, and their dA one pass over x.
 
-The kernels are in `triton_kernels.py`, their shapes in `triton_launch.py`. triton is imported at the first call.
+The kernels are in `kernels.py`, tiles in `tiles.py`, launches in `launch.py`. The first call imports triton.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,19 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from moe_lora.backend.triton.launch import Call, device_of, interpreted, on
+from moe_lora.backend.triton.launch import Call, Route, device_of, interpreted, on, prepared
+from moe_lora.backend.triton.launch import generation as generation  # dispatch asks
 from moe_lora.routing import Plan
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_RANK = 256
 _MAX_GROUP = 3
+_FEW_ROWS, _LARGE = 64, 1024  # more rows, and features of both sides: the rule leaves the product to the library
+_LAUNCHES = {
+    "fused": "one launch",
+    "two": "two launches",
+    "split": "two launches for the low-rank part, on which the library's product accumulates",
+}
 
 
 def unavailable() -> str | None:
@@ -40,8 +48,8 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
     device = device_of(x.device)
     if x.dtype not in _DTYPES:
         return f"x must be float16, bfloat16 or float32, got {x.dtype}"
-    if x.dtype == torch.bfloat16 and device.capability < 80:
-        return f"bfloat16 needs compute capability 8.0, this device has {device.capability / 10}"
+    if device.capability < 80:
+        return f"the kernels need compute capability 8.0 or newer, this device has {device.capability / 10}"
     if lora_a.dtype not in _DTYPES:
         return f"lora_a must be float16, bfloat16 or float32, got {lora_a.dtype}"
     if lora_a.shape[2] > _MAX_RANK:
@@ -51,14 +59,12 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
     return None
 
 
-def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
-    """The form that would run, and why."""
-    rows = _rows(x)
-    call = Call(rows, lora_a, plan)
-    tile = call.expand_tile(*weight.shape)
-    launches = "one launch" if call.fused_grid(rows, weight, weight.shape[0], plan.dropout) else "two launches"
+def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, form: str = "two") -> tuple[str, str]:
+    """How rows meet their experts, and why; and the launches."""
+    call = Call(_rows(x), lora_a, plan, narrow=form.endswith("narrow"))
+    tile, launches = call.expand_tile(*weight.shape), _LAUNCHES[form.partition("-")[0]]
     tiles = f"tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
-    return call.form, f"{call.why}; a linear by itself takes {launches}; {tiles}"
+    return call.form, f"{call.why}; {launches}" + ("" if form == "split" else f"; {tiles}")
 
 
 def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
@@ -74,22 +80,77 @@ def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor
     return None
 
 
+def candidates(
+    x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None
+) -> tuple[str, ...]:
+    """The forms of this call, the rule's first: "fused", "two" and "split" launches, some with "narrow" tiles.
+
+    Where base products are large, the rule leaves them to the library: by published figures Triton's reach 65 to 97 %
+    of its speed, and the forms break even at 94 to 99 %.
+    """
+    if needs is not None and not needs[0]:
+        return ("two",)  # no product with the weight
+    F, D = weight.shape if needs is None else weight.shape[::-1]
+    call, columns = Call(_rows(x), lora_a, plan), F if needs is None else weight.shape[1]
+    own = ["two", "two-narrow"] if call.has_narrow(columns, D) else ["two"]
+    # dropout of dx would need a second sum, of what it is for
+    if (needs is None or not plan.dropout) and _fused_grid(call, x, weight, plan, needs):
+        own.insert(0, "fused")
+        if call.expand_tile(columns, D).BLOCK_F == 256:
+            own.insert(1, "fused-narrow")
+    large = call.T > _FEW_ROWS and min(D, F) >= _LARGE
+    return ("split", *own) if large else (*own, "split")
+
+
+def candidates_group(
+    x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None
+) -> tuple[str, ...]:
+    """The forms of a group whose first member this is, the rule's first."""
+    forms = candidates(x, weight, lora_a, plan, needs)
+    return tuple(form for form in forms if not form.startswith("fused"))
+
+
+def _fused_grid(call: Call, x: Tensor, weight: Tensor, plan: Plan, needs: tuple[bool, ...] | None) -> bool:
+    """Whether one launch could do it."""
+    if needs is None:
+        return call.fused_grid(_rows(x), weight, weight.shape[0], plan.dropout) is not None
+    # dy is as autograd makes it: contiguous and aligned
+    dy = torch.empty(call.T, weight.shape[0], dtype=x.dtype, device="meta")
+    return call.fused_grid(dy, weight, weight.shape[1], 0.0) is not None
+
+
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan, form: str = "two"
 ) -> tuple[Tensor, Tensor]:
     """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
-    (y,), (h,) = forward_group(x, [weight], [bias], [lora_a], [lora_b], plan)
+    (y,), (h,) = forward_group(x, [weight], [bias], [lora_a], [lora_b], plan, form)
     return y, h
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, h: Tensor, plan: Plan, needs: list[bool]
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    h: Tensor,
+    plan: Plan,
+    needs: Sequence[bool],
+    form: str = "two",
 ) -> list[Tensor | None]:
     """dx, dA, dB and dgates, each in its tensor's dtype, or None where `needs` says so."""
     need_dx, need_da, need_db, need_dgates = needs
     needs = [need_dx, need_dgates, need_da, need_db]
-    dx, (da,), (db,), dgates = backward_group([dy], x, [weight], [lora_a], [lora_b], [h], plan, needs)
+    if form.startswith("fused") and (plan.dropout or not _descriptive(dy)):
+        form = "two"
+    dx, (da,), (db,), dgates = backward_group([dy], x, [weight], [lora_a], [lora_b], [h], plan, needs, form)
     return [dx, da, db, dgates]
+
+
+def _descriptive(dy: Tensor) -> bool:
+    """Whether dy, which no choice has seen, can have a tensor map."""
+    rows = _rows(dy)
+    return rows.stride(0) >= rows.shape[1] and not (rows.stride(0) * rows.itemsize % 16 or rows.data_ptr() % 16)
 
 
 def forward_group(
@@ -99,19 +160,25 @@ def forward_group(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     plan: Plan,
+    form: str = "two",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [..., F] and h [T, K·R] of each member."""
     rows = _rows(x)
-    call = Call(rows, lora_as[0], plan)
-    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     with on(x.device):
-        grid = call.fused_grid(rows, weights[0], weights[0].shape[0], plan.dropout) if len(weights) == 1 else None
-        if grid:
-            hs = [call.fused(rows, weights[0].t(), biases[0], lora_as[0], lora_bs[0], ys[0], grid, dropout=True)]
-            return ys, hs
-        hs = call.shrink(rows, lora_as, dropout=True)
-        for weight, bias, b, h, y in zip(weights, biases, lora_bs, hs, ys, strict=True):
-            call.expand([rows], [weight.t()], bias, [b], [h], y, dropout=False)
+        call, route = prepared("forward " + form, rows, lora_as[0], plan, [*weights, *biases, *lora_as, *lora_bs])
+        ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+        if form.startswith("fused"):
+            F = weights[0].shape[0]
+            grid = call.kept("grid", call.fused_grid, rows, weights[0], F, plan.dropout)
+            loras = (lora_as[0], lora_bs[0])
+            return ys, [call.fused("fused", rows, weights[0].t(), biases[0], loras, ys[0], grid, route, dropout=True)]
+        hs = call.shrink("shrink", rows, lora_as, route, dropout=True)
+        for m, (weight, bias, b, h, y) in enumerate(zip(weights, biases, lora_bs, hs, ys, strict=True)):
+            if form == "split":
+                call.ranks(f"ranks {m}", bias, [b], [h], y, route, dropout=False)
+                y.view(-1, y.shape[-1]).addmm_(rows, weight.t())
+            else:
+                call.expand(f"expand {m}", [rows], [weight.t()], bias, [b], [h], y, route, dropout=False)
     return ys, hs
 
 
@@ -124,41 +191,67 @@ def backward_group(
     hs: Sequence[Tensor],
     plan: Plan,
     needs: Sequence[bool],
+    form: str = "two",
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
     """dx, dA and dB of each member, dgates; None where `needs` (of x, the gates, each A, each B) says so."""
     members = len(weights)
     need_dx, need_dgates, need_das, need_dbs = needs[0], needs[1], needs[2 : 2 + members], needs[2 + members :]
     rows, drows = _rows(x), [_rows(dy) for dy in dys]
-    call = Call(rows, lora_as[0], plan)
     dx = dgates = None
     das: list[Tensor | None] = [None] * members
     dbs: list[Tensor | None] = [None] * members
     with on(x.device):
+        tensors = [*drows, *weights, *lora_as, *lora_bs, *hs]
+        call, route = prepared(f"backward {form}", rows, lora_as[0], plan, tensors)
         for m in range(members):
             if need_dbs[m]:
-                (dbs[m],) = call.expert_grads([hs[m]], drows[m], [lora_bs[m]], transposed=False)
+                (dbs[m],) = call.expert_grads(f"db {m}", [hs[m]], drows[m], [lora_bs[m]], route, transposed=False)
         if need_dx or need_dgates or any(need_das):
-            ups, downs = ([lora.transpose(1, 2) for lora in loras] for loras in (lora_bs, lora_as))
             if need_dx:
                 dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            # dropout would need a second sum, of what it is for
-            alone = need_dx and members == 1 and not plan.dropout
-            grid = call.fused_grid(drows[0], weights[0], weights[0].shape[1], 0.0) if alone else None
-            if grid:
-                assert dx is not None
-                dss = [call.fused(drows[0], weights[0], None, ups[0], downs[0], dx, grid, dropout=False)]
-            else:
-                dss = [call.shrink(dy, [up], dropout=False)[0] for dy, up in zip(drows, ups, strict=True)]
+            dss = _dx_and_ds(call, route, form, drows, weights, lora_as, lora_bs, dx)
             if need_dgates:
-                dgates, *others = [call.gate_grad(ds, h) for ds, h in zip(dss, hs, strict=True)]
+                dgates, *others = [
+                    call.gate_grad(f"dgates {m}", ds, h, route) for m, (ds, h) in enumerate(zip(dss, hs, strict=True))
+                ]
                 for other in others:
                     dgates += other
-            if dx is not None and not grid:
-                call.expand(drows, weights, None, downs, dss, dx, dropout=True)
             if any(need_das):
-                found = call.expert_grads(dss, rows, lora_as, transposed=True)
-                das = [da if need else None for da, need in zip(found, need_das, strict=True)]
+                grads = call.expert_grads("da", dss, rows, lora_as, route, transposed=True)
+                das = [da if need else None for da, need in zip(grads, need_das, strict=True)]
     return dx, das, dbs, dgates
+
+
+def _dx_and_ds(
+    call: Call,
+    route: Route,
+    form: str,
+    drows: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    dx: Tensor | None,
+) -> list[Tensor]:
+    """Writes dx, if there is one; returns ds of each member."""
+    ups, downs = ([lora.transpose(1, 2) for lora in loras] for loras in (lora_bs, lora_as))
+    if form.startswith("fused") and dx is not None:
+        grid = call.kept("grid", call.fused_grid, drows[0], weights[0], weights[0].shape[1], 0.0)
+        if grid:
+            loras = (ups[0], downs[0])
+            return [call.fused("fused", drows[0], weights[0], None, loras, dx, grid, route, dropout=False)]
+    dss = [
+        call.shrink(f"ds {m}", dy, [up], route, dropout=False)[0]
+        for m, (dy, up) in enumerate(zip(drows, ups, strict=True))
+    ]
+    if dx is None:
+        return dss
+    if form == "split":
+        call.ranks("ranks", None, downs, dss, dx, route, dropout=True)
+        for dy, weight in zip(drows, weights, strict=True):
+            dx.view(-1, dx.shape[-1]).addmm_(dy, weight)
+    else:
+        call.expand("expand", drows, weights, None, downs, dss, dx, route, dropout=True)
+    return dss
 
 
 @cache

@@ -125,6 +125,35 @@ def expand_kernel(
 
 
 @triton.jit(do_not_specialize=_BATCH)
+def ranks_kernel(
+    bias_ptr, lora_ptr, lora1_ptr, lora2_ptr, h_ptr, h1_ptr, h2_ptr, y_ptr, experts_ptr, gates_ptr, offsets_ptr,
+    seed, threshold, scale, T, N, L, steps, F, E, tiles, groups, stride_le, stride_lr, stride_lf,
+    MEMBERS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
+    INSTANCE: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, PAIRED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """y[t, f] = bias[f] + drop(Σ_k s g_k h[t, k] lora[e_k, :, f]): all of `expand_kernel` but the base's product.
+
+    A library's product accumulates on it. The arguments are those of `expand_kernel`.
+    """
+    pid_t, pid_f = _banded(tl.program_id(0), tiles, tl.cdiv(F, BLOCK_F), BAND)
+    rows, mask_t, i = _rows(pid_t, offsets_ptr, T, N, L, steps, INSTANCE, PACKED, BLOCK_T)
+    offs_f = pid_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask_f = offs_f < F
+    acc = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
+    for member in tl.static_range(MEMBERS):
+        acc = _add_ranks(
+            acc, _of(member, h_ptr, h1_ptr, h2_ptr), _of(member, lora_ptr, lora1_ptr, lora2_ptr),
+            experts_ptr, gates_ptr, scale, rows, mask_t, i, offs_f, mask_f, y_ptr.dtype.element_ty, E, groups,
+            stride_le, stride_lr, stride_lf, K, R, RANK, C, INSTANCE, BLOCK_T, PRECISION,
+        )  # fmt: skip
+    if DROPOUT:
+        acc = tl.where(kept(seed, threshold, rows, pid_f * BLOCK_F, F, BLOCK_T, BLOCK_F, PAIRED, WIDE), acc, 0.0)
+    _store_tile(y_ptr, acc, bias_ptr, rows, mask_t, offs_f, mask_f, F, BIAS)
+
+
+@triton.jit(do_not_specialize=_BATCH)
 def fused_kernel(
     x_desc, weight_desc, bias_ptr, shrink_ptr, lora_ptr, h_ptr, y_ptr, ready_ptr, experts_ptr, gates_ptr, offsets_ptr,
     seed, threshold, scale, T, N, L, steps, D, F, E, tiles, groups,

@@ -8,8 +8,7 @@ from tests.support import aot
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", aot.CASES, ids=str)
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target, case", aot.PAIRS, ids=str)
 def test_aot_kernels_are_those_of_the_table(target, case):
     found, limits = aot.rows(target, case), aot.TARGETS[target]
     for row in found:
@@ -19,4 +18,4 @@ def test_aot_kernels_are_those_of_the_table(target, case):
             few = row.kernel != "expert_grad_kernel" and case.instances * case.rows < 64
             assert (limits.few if few else limits.many) in row.tensor_cores, row
     wanted = [row for row in aot.read() if (row.target, row.case) == (target, str(case))]
-    assert found == wanted, "kernels changed: look at the difference, then `python -m tests.aot`"
+    assert found == wanted, "kernels changed: look at the difference, then `python -m tests.support.aot`"

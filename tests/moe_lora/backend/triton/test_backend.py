@@ -89,6 +89,36 @@ def test_one_launch_matches_oracle(case, target, form, processors, nan_empty):
     assert ("fused_kernel" in backward) == (not case.dropout)
 
 
+SPLIT = (  # the base's product is the library's; ragged, so that nothing is a multiple of a tile
+    (Case((40, 41), 72, 144, 4, 2, 16, dropout=0.2, packed=True), 80, "instance"),
+    (Case((100, 30), 34, 208, 5, 2, 20, packed=True), 120, "masked"),
+)
+
+
+@pytest.mark.parametrize("case, target, form", SPLIT, ids=str, indirect=["form"])
+def test_low_rank_part_round_the_librarys_product_matches_oracle(case, target, form, nan_empty, monkeypatch):
+    products, addmm = [], torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *call: products.append(1) or addmm(*call))
+    inputs = make(case, (torch.bfloat16, torch.float16)[target == 120])
+    with Emulator(target) as emulator:
+        assert_right(case, inputs, "triton/split")
+        launches = [profile.kernel for profile in emulator.profiles]
+        assert launches[:2] == ["shrink_kernel", "ranks_kernel"] and launches.count("ranks_kernel") == 2
+        assert not {"expand_kernel", "fused_kernel"} & set(launches)
+    assert len(products) == 2  # so three launches forward, with the library's
+    rows, F = sum(case.lengths), case.F
+    stored = emulator.profiles[1].stores("y_ptr").sectors
+    assert stored <= 1.02 * rows * F * 2 / 32
+
+
+def test_split_group_matches_oracle(nan_empty):
+    case, widths = Case((40, 40), 72, 136, 4, 1, 16, dropout=0.2), (24,)
+    with Emulator(90) as emulator:
+        groups.assert_group_right(case, groups.make(case, widths, torch.bfloat16), "triton/split")
+    launches = [profile.kernel for profile in emulator.profiles]
+    assert launches.count("shrink_kernel") == 1 + 2 and launches.count("ranks_kernel") == 2 + 1
+
+
 def test_schedules_of_warps_give_one_launch_the_same_bits(processors):
     case, found = FUSED[0], []
     inputs = make(case, torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 
 from tests.support import traffic
 
-CHANGE = "look at the difference, then `python -m tests.traffic`"
+CHANGE = "look at the difference, then `python -m tests.support.traffic`"
 
 
 def assert_not_worse(found: list[traffic.Row], table: list[traffic.Row]) -> None:
