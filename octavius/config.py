@@ -20,16 +20,24 @@ PRESETS = Path(__file__).parent / "configs"
 class GateConfig:
     """Who chooses the experts, and from what.
 
+    kind: how the gate starts. `paper` is drawn at random and reads the mean embedding as it is; the others centre and
+        scale it by the training questions' statistics: `random` is drawn at random, `clusters` starts from k-means
+        clusters of those questions, `tasks` from the task types that the records name.
     mode: `instance` routes a question once; `dense` weighs all experts; `token` routes every token for itself.
     input: the text that the gate reads.
     include_padding: the mean runs over padding too, as upstream's does; for its checkpoints only.
     load_balancing: weight of the load-balancing loss, 0 for none.
+    balance_bias: step of the bias in the choice that balances the experts, 0 for none.
+    universal: expert 0 serves every question, beside the routed ones.
     """
 
+    kind: Literal["paper", "random", "clusters", "tasks"] = "tasks"
     mode: Literal["instance", "dense", "token"] = "instance"
     input: Literal["question", "system+question"] = "question"
     include_padding: bool = False
     load_balancing: float = 0.0
+    balance_bias: float = 0.0
+    universal: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run on `transformers.Trainer`."""
+    """One training run on `transformers.Trainer`.
+
+    gate_rate: the gate's learning rate; None for the experts'. The gate has no weight decay.
+    beta2: of AdamW. With 0.999 an expert that starts late keeps long what its first gradients were.
+    """
 
     output: str = "runs/octavius"
     steps: int = -1  # optimizer steps; -1 trains `epochs` epochs
@@ -105,7 +117,9 @@ class TrainConfig:
     batch_size: int = 16
     gradient_accumulation: int = 1
     learning_rate: float = 5e-4
+    gate_rate: float | None = None
     weight_decay: float = 1e-3
+    beta2: float = 0.95
     warmup: float = 0.05  # fraction of the steps
     schedule: str = "cosine"
     max_grad_norm: float = 1.0

@@ -70,10 +70,12 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
 def _single_lora(config: Config, folder: Path, resume: bool) -> Iterator[None]:
     """The same job with one LoRA of equal active rank, in a process of its own that has ended when the block has.
 
+    Its scale alpha / rank is 1/K of the experts', whose gates sum to 1: so the update K·(1/K)·ΔW of a step is as large.
+
     On a CPU it runs beside the block, each on half of the threads: that is faster than one after the other on all.
     """
     lora = config.model.lora
-    single = replace(lora, num_experts=1, top_k=1, rank=lora.rank * lora.top_k, alpha=lora.alpha * lora.top_k)
+    single = replace(lora, num_experts=1, top_k=1, rank=lora.rank * lora.top_k, alpha=lora.alpha)
     plain = replace(config, model=replace(config.model, lora=single), train=replace(config.train, output=str(folder)))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(plain.to_dict()))))

@@ -5,8 +5,8 @@
 Shapes: N instances, T rows (tokens) of D features in and F out; E experts of rank R, K of them for each instance.
 
 In a model: `apply` gives its linears experts as a `MoELoRAConfig` says, `route` tells them the `Routing` of a batch,
-which an `InstanceGate` makes; `save` and `load` keep the experts in a folder. `load_balancing_loss` and `expert_share`
-are for training the gate.
+which an `InstanceGate` makes; `save` and `load` keep the experts in a folder. `load_balancing_loss`, `expert_share`
+and `mutual_information` are for training the gate and for seeing what it does.
 By itself: `MoELoRALinear` is the layer, `linear` the op, `linear_group` the op for several linears of one x.
 What runs: `backends` and `explain` tell, and `python -m moe_lora` checks every backend on this machine. The environment
 variable MOE_LORA_BACKEND names the backend that "auto" takes; `share_choices` has several ranks choose alike.
@@ -17,7 +17,7 @@ from moe_lora.backend.dispatch import backends, explain
 from moe_lora.checkpoint import load, save
 from moe_lora.config import MoELoRAConfig
 from moe_lora.context import route
-from moe_lora.gate import InstanceGate, expert_share, load_balancing_loss
+from moe_lora.gate import InstanceGate, expert_share, load_balancing_loss, mutual_information
 from moe_lora.group import linear_group
 from moe_lora.inject import apply
 from moe_lora.layers import MoELoRALinear
@@ -39,6 +39,7 @@ __all__ = [
     "linear_group",
     "load",
     "load_balancing_loss",
+    "mutual_information",
     "route",
     "save",
     "share_choices",

@@ -13,7 +13,9 @@ from octavius.points.object_store import Region
 
 
 class InstructionData(torch.utils.data.Dataset):
-    """Records as token ids: {"input_ids", "labels", "gate_mask", "image", "cloud"} each.
+    """Records as token ids: {"input_ids", "labels", "gate_mask", "image", "cloud", "task"} each.
+
+    `task` is a number: the place of the record's task in `tasks`.
 
     Args:
         records: from `read_records`.
@@ -36,6 +38,7 @@ class InstructionData(torch.utils.data.Dataset):
         if not records:
             raise ValueError("the data must hold at least one record with a readable image or cloud, got none")
         self.records, self.conversation = records, conversation
+        self.tasks = sorted({record.task for record in records})
         self.cloud_tokens = cloud_tokens
         self.image_tokens, self.max_tokens, self.answer = image_tokens, max_tokens, answer
 
@@ -51,7 +54,8 @@ class InstructionData(torch.utils.data.Dataset):
         tokens = [self.image_tokens if record.image else 0, limit, self.cloud_tokens if record.cloud else 0]
         sample = self.conversation.encode(turns, record.task_type, *tokens)
         ids = {"input_ids": sample.ids, "labels": sample.labels, "gate_mask": sample.gate}
-        return {**ids, "image": record.image, "cloud": record.cloud}
+        seen = {"image": record.image, "cloud": record.cloud}
+        return ids | seen | {"task": self.tasks.index(record.task)}
 
 
 class BucketSampler(torch.utils.data.Sampler[int]):
@@ -106,6 +110,7 @@ class Collator:
         features: list of image paths → [n, P, C].
         left: pad on the left, for generation.
         objects: list of clouds' regions → {"objects": [m, P, C], "boxes": [m, P, 6], "object_mask": [m, P]}.
+        tasks: also give the batch's `tasks` [N], for counting which experts serve which.
     """
 
     def __init__(
@@ -114,8 +119,10 @@ class Collator:
         features: Callable[[list[Path]], torch.Tensor] | None,
         left: bool = False,
         objects: Callable[[list[Region]], dict[str, torch.Tensor]] | None = None,
+        tasks: bool = False,
     ):
         self.pad, self.features, self.left, self.objects = pad, features, left, objects
+        self.tasks = tasks
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         length = max(len(sample["input_ids"]) for sample in samples)
@@ -133,6 +140,8 @@ class Collator:
             "gate_mask": stack("gate_mask", 0),
             "attention_mask": stack_mask([len(sample["input_ids"]) for sample in samples], length, self.left),
         }
+        if self.tasks:
+            batch["tasks"] = torch.tensor([sample["task"] for sample in samples])  # [N]
         images = [sample["image"] for sample in samples if sample["image"]]
         clouds = [sample["cloud"] for sample in samples if sample["cloud"]]
         if images:

@@ -34,6 +34,11 @@ class Record:
     cloud: Region | None = None
 
     @property
+    def task(self) -> str:
+        """The name of what it asks for: its benchmark where it names one, else its task type."""
+        return self.truth.get("benchmark", self.task_type)
+
+    @property
     def source(self) -> Path:
         """The file of the image or of the cloud."""
         assert self.image or self.cloud

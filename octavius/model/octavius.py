@@ -103,6 +103,7 @@ class Octavius(nn.Module):
             config.lora.top_k,
             mode=config.gate.mode,
             include_padding=config.gate.include_padding,
+            universal=config.gate.universal,
         )
         self.register_buffer("share", torch.full((config.lora.num_experts,), 1 / config.lora.num_experts))
 
@@ -183,8 +184,8 @@ class Octavius(nn.Module):
     def _check_settings(self, folder: Path) -> None:
         """Raise ValueError if the folder's model computes another function with tensors of the same shapes."""
         found, own = _read_config(folder), self.settings
-        same_loss = dataclasses.replace(found.gate, load_balancing=own.gate.load_balancing)
-        found = dataclasses.replace(found, gate=same_loss)
+        trained_by = {key: getattr(own.gate, key) for key in ("kind", "load_balancing", "balance_bias")}
+        found = dataclasses.replace(found, gate=dataclasses.replace(found.gate, **trained_by))
         for name in ("tower_layer", "tower_merge", "clouds", "system", "gate"):
             want, have = getattr(own, name), getattr(found, name)
             if want != have:
@@ -244,6 +245,8 @@ class Octavius(nn.Module):
         items = max(rows.numel() if num_items_in_batch is None else num_items_in_batch, 1)
         loss = loss / items
         balancing = loss.new_zeros(())
+        if self.training and torch.is_grad_enabled():
+            self._observe(routed)
         weight = self.settings.gate.load_balancing if self.balanced else 0.0
         if weight:  # of several batches in a step each counts by its share of the items
             balancing = weight * self._balance(routed) * (rows.numel() / items)
@@ -317,13 +320,13 @@ class Octavius(nn.Module):
         A token gate also reads each token that generation adds.
         """
         if self.gate.mode == "token":
-            routing, logits = self.gate(embeds)
-            routed = Routed(routing, logits, attention_mask.flatten())
+            *choice, logits = self.gate(embeds)
+            routed = Routed(moe_lora.Routing(*choice), logits, attention_mask.flatten())
 
             def route_tokens(module, args, kwargs):
                 inputs = kwargs.get("inputs_embeds")
                 inputs = module.get_input_embeddings()(kwargs["input_ids"]) if inputs is None else inputs
-                step.enter_context(moe_lora.route(self.llm, self.gate(inputs)[0]))
+                step.enter_context(moe_lora.route(self.llm, self.gate.routing(inputs)))
 
             with ExitStack() as step:
                 handle = self.llm.base_model.register_forward_pre_hook(route_tokens, with_kwargs=True)
@@ -332,8 +335,8 @@ class Octavius(nn.Module):
         else:
             padded = self.gate.include_padding
             question = (self._padded_questions(embeds, gate_mask),) if padded else (embeds, gate_mask)
-            routing, logits = self.gate(*question)
-            routed = Routed(routing, logits, None)
+            *choice, logits = self.gate(*question)
+            routed = Routed(moe_lora.Routing(*choice), logits, None)
             with moe_lora.route(self.llm, routed.routing):
                 yield routed
 
@@ -344,10 +347,14 @@ class Octavius(nn.Module):
         longest = max(map(len, questions))
         return torch.stack([torch.cat((row, end.expand(longest - len(row), -1))) for row in questions])
 
+    def _observe(self, routed: Routed) -> None:
+        """Keep the experts' share over about the last fifty batches, and move the bias of the choice by it."""
+        self.share.lerp_(routed.share(), 0.02)
+        if self.settings.gate.balance_bias and self.balanced:
+            self.gate.balance(self.share, self.settings.gate.balance_bias)
+
     def _balance(self, routed: Routed) -> torch.Tensor:
-        """Load-balancing loss, with the experts' share over about the last fifty batches: one often holds one task."""
-        if self.training:
-            self.share.lerp_(routed.share(), 0.02)
+        """Load-balancing loss, with the share over many batches: one often holds one task."""
         return moe_lora.load_balancing_loss(routed.logits, routed.routing.experts, routed.mask, self.share)
 
 

@@ -15,6 +15,7 @@ from octavius.data.batches import Collator, InstructionData
 from octavius.data.loading import Stores, load_data, loops
 from octavius.data.records import Record
 from octavius.model.octavius import Octavius
+from octavius.training.gate_init import init_gate
 from octavius.training.point_encoder import ensure_encoder
 from octavius.training.projector_init import init_projector, init_scene_projector
 from octavius.training.trainer import OctaviusTrainer, training_arguments
@@ -32,7 +33,8 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         resume: go on from the newest checkpoint in the output folder, if there is one; a finished run is only loaded.
 
     Returns:
-        the model, and {"loss": [{"step", "loss"}, ...], "seconds", "tokens_per_second", "steps"}.
+        the model, and {"loss": [{"step", "loss"}, ...], "seconds", "tokens_per_second", "steps", "routing"};
+            the last says which experts served which task, see `OctaviusTrainer.routing`.
     """
     set_seed(config.train.seed)
     keep_freed_memory()
@@ -53,15 +55,16 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     last = resume and any(output.glob("checkpoint-*"))
     if not last:
         init_projectors(model, records, stores, config.train.projector_init)
+        init_gate(model, data, config.train.seed)
     if config.train.compile:
         compile_layers(model.llm)
     trainer = OctaviusTrainer(
         model=model,
         args=training_arguments(config),
         train_dataset=data,
-        data_collator=Collator(model.conversation.eos, stores.images, objects=stores.scenes),
+        data_collator=Collator(model.conversation.eos, stores.images, objects=stores.scenes, tasks=True),
     )
-    trainer.closed_form = config.train.projector_init
+    trainer.closed_form, trainer.gate_rate = config.train.projector_init, config.train.gate_rate
     detections = [index for index, record in enumerate(looped) if record.task_type == "detection"]
     random.Random(config.train.seed).shuffle(detections)
     trainer.first = detections[: config.data.detection_first * config.train.batch_size]
@@ -73,6 +76,7 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         "seconds": result.metrics["train_runtime"],
         "tokens_per_second": trainer.tokens / result.metrics["train_runtime"],
         "steps": trainer.state.global_step,
+        "routing": trainer.routing(),
     }
     (output / DONE).write_text(json.dumps(report, indent=1))
     return model, report

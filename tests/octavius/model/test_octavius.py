@@ -33,7 +33,7 @@ def records(parts):
 def full_loss(model, batch):
     """The same loss the plain way: all logits of the Hugging Face model, shifted labels, an attention mask."""
     embeds = model.embed(batch["input_ids"], batch["features"])
-    routing, _ = model.gate(embeds, batch["gate_mask"])
+    routing = model.gate.routing(embeds, batch["gate_mask"])
     with moe_lora.route(model.llm, routing):
         logits = model.llm(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
@@ -226,13 +226,13 @@ def test_load_balancing_is_added(parts, records, mode):
     embeds, mask = plain.embed(batch["input_ids"], batch["features"]), None
     if mode == "token":
         mask = batch["attention_mask"].flatten()
-    routing, logits = plain.gate(embeds, batch["gate_mask"])
+    experts, _, logits = plain.gate(embeds, batch["gate_mask"])
     before = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    after = 0.98 * before + 0.02 * moe_lora.expert_share(routing.experts, 4, mask)
+    after = 0.98 * before + 0.02 * moe_lora.expert_share(experts, 4, mask)
     assert not torch.allclose(after, before, atol=1e-4)
     balanced.share.copy_(before)
     for training, share in ((False, before), (True, after)):
-        extra = 0.25 * moe_lora.load_balancing_loss(logits, routing.experts, mask, share)
+        extra = 0.25 * moe_lora.load_balancing_loss(logits, experts, mask, share)
         torch.testing.assert_close(balanced.train(training)(**batch)["loss"], plain(**batch)["loss"] + extra)
         torch.testing.assert_close(balanced.share, share)
     gradient = gradients(balanced.eval(), batch)["gate.w_gating"]

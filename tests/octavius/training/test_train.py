@@ -296,6 +296,45 @@ def test_aligned_projectors_learn_at_a_tenth_of_the_rate(parts, tmp_path):
     assert trainer.create_optimizer() is optimizer
 
 
+def test_gate_has_its_own_rate_and_no_decay_and_experts_their_own_steps(parts, tmp_path):
+    config = run_config(parts, tmp_path, weight_decay=0.1)
+    model = Octavius.from_config(config.model)
+    trainer = OctaviusTrainer(model=model, args=training_arguments(config))
+    trainer.gate_rate = 3e-4
+    groups = {id(p): group for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    gate = groups[id(model.gate.w_gating)]
+    assert gate["lr"] == 3e-4 and gate["weight_decay"] == 0 and not gate["experts"]
+    stacks = [p for name, p in model.named_parameters() if name.endswith((".lora_a", ".lora_b"))]
+    assert len(stacks) == 16
+    for p in stacks:
+        assert groups[id(p)]["experts"] and groups[id(p)]["lr"] == 1e-2 and groups[id(p)]["weight_decay"] == 0.1
+        assert groups[id(p)]["betas"] == (0.9, 0.95)
+
+
+def test_routing_is_seen_while_training(learnt, parts):
+    config, model, report = learnt
+    routing, tasks = report["routing"], ["caption", "classification", "detection", "vqa"]
+    assert routing["tasks"] == tasks and routing["information"] > 0.9
+    batch = tiny.batch(model, tiny.records(parts))
+    gates, benchmarks = model(**batch)["gates"], [record.task for record in tiny.records(parts)]
+    for task, weights, heavier in zip(tasks, routing["weights"], routing["heavier"], strict=True):
+        rows = [index for index, name in enumerate(benchmarks) if name == task]
+        assert weights == pytest.approx(gates[rows].mean(0).tolist(), abs=0.15)
+        assert sum(weights) == pytest.approx(1) and sum(heavier) == pytest.approx(1)
+    (events,) = Path(config.train.output).rglob("events.out.tfevents.*")
+    told = EventAccumulator(str(events)).Reload().Scalars("train/routing_information")
+    assert len(told) == 60 and told[-1].value == pytest.approx(routing["information"], rel=1e-4)
+
+
+def test_bias_balances_in_training_only(parts, tmp_path):
+    gate = tiny.gate(kind="paper", balance_bias=0.01)
+    model, _ = train(run_config(parts, tmp_path, model=tiny.model_config(parts, gate=gate)))
+    bias = model.gate.bias.clone()
+    assert bias.abs().max() == pytest.approx(0.04, abs=0.021) and bias.any()
+    model.eval()(**tiny.batch(model, tiny.records(parts)))
+    assert torch.equal(model.gate.bias, bias)
+
+
 def test_answers_of_a_compiled_model_compile_nothing(parts, tmp_path):
     model, _ = train(run_config(parts, tmp_path, compile=True, steps=1))
     records, store = load_data(run_config(parts, tmp_path).data, "train.json", **model.readers())
