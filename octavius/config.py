@@ -66,6 +66,7 @@ class ModelConfig:
     """
 
     llm: str = "smollm2"
+    llm_layers: int | None = None  # keep only the first so many decoder layers, for small experiments
     tower: str | None = "efficientnet-lite0"
     clouds: CloudConfig | None = None
     tower_layer: int = -2  # of a ViT: which hidden state becomes the tokens

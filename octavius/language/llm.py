@@ -20,7 +20,8 @@ def load_llm(config: ModelConfig) -> tuple[Any, Any]:
     elif attention is None:
         attention = GROUPED
     dtype = getattr(torch, config.dtype)
-    llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    layers = {} if config.llm_layers is None else {"num_hidden_layers": config.llm_layers}
+    llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **layers)
     # Of a batch's last positions, a strided view, matmul would copy the vocabulary's weights once per row.
     llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return llm, AutoTokenizer.from_pretrained(source)

@@ -39,8 +39,8 @@ def init_gate(model: Octavius, samples: Any, seed: int = 0) -> None:
 
     Args:
         model: its gate is changed.
-        samples: a data set (`len` and `[]`) of training samples with `input_ids`, `gate_mask` and `task`; of many, every
-            n-th is read.
+        samples: a data set (`len` and `[]`) of training samples with `input_ids`, `gate_mask` and `task`; of many,
+            every n-th is read.
         seed: of the clustering.
     """
     kind, gate = model.settings.gate.kind, model.gate

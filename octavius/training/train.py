@@ -3,6 +3,7 @@
 import ctypes
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,34 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
     if not last:
         init_projectors(model, records, stores, config.train.projector_init)
         init_gate(model, data, config.train.seed)
+    first = detection_first(looped, config)
+    report = fit(model, config, data, stores, resume=last, first=first)
+    model.save(output)
+    (output / DONE).write_text(json.dumps(report, indent=1))
+    return model, report
+
+
+def fit(
+    model: Octavius,
+    config: Config,
+    data: InstructionData,
+    stores: Stores,
+    resume: bool = False,
+    first: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Train a model whose projectors and gate are set.
+
+    Args:
+        model: it is changed.
+        config: its `train` counts; checkpoints and logs go to `train.output`.
+        data: the samples.
+        stores: what they show.
+        resume: go on from the newest checkpoint.
+        first: samples that training begins with.
+
+    Returns:
+        the report that `train` describes.
+    """
     if config.train.compile:
         compile_layers(model.llm)
     trainer = OctaviusTrainer(
@@ -65,21 +94,23 @@ def train(config: Config, resume: bool = False) -> tuple[Octavius, dict[str, Any
         data_collator=Collator(model.conversation.eos, stores.images, objects=stores.scenes, tasks=True),
     )
     trainer.closed_form, trainer.gate_rate = config.train.projector_init, config.train.gate_rate
-    detections = [index for index, record in enumerate(looped) if record.task_type == "detection"]
-    random.Random(config.train.seed).shuffle(detections)
-    trainer.first = detections[: config.data.detection_first * config.train.batch_size]
-    result = trainer.train(resume_from_checkpoint=True if last else None)
-    model.save(output)
+    trainer.first = first
+    result = trainer.train(resume_from_checkpoint=True if resume else None)
     log = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
-    report = {
+    return {
         "loss": log,
         "seconds": result.metrics["train_runtime"],
         "tokens_per_second": trainer.tokens / result.metrics["train_runtime"],
         "steps": trainer.state.global_step,
         "routing": trainer.routing(),
     }
-    (output / DONE).write_text(json.dumps(report, indent=1))
-    return model, report
+
+
+def detection_first(records: list[Record], config: Config) -> list[int]:
+    """The detections, drawn from the seed, that fill the first `data.detection_first` batches."""
+    detections = [index for index, record in enumerate(records) if record.task_type == "detection"]
+    random.Random(config.train.seed).shuffle(detections)
+    return detections[: config.data.detection_first * config.train.batch_size]
 
 
 def init_projectors(model: Octavius, records: list[Record], stores: Stores, closed_form: bool) -> None:

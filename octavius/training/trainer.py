@@ -73,7 +73,7 @@ class OctaviusTrainer(Trainer):
                 continue
             rate, decay = args.learning_rate, args.weight_decay if name in decayed else 0.0
             if name.startswith("gate."):
-                rate, decay = self.gate_rate or rate, 0.0
+                rate, decay = rate if self.gate_rate is None else self.gate_rate, 0.0
             elif self.closed_form and name.startswith(("projector.", "scene.")):
                 rate *= INIT_RATE
             experts = whole and name.endswith((".lora_a", ".lora_b"))
