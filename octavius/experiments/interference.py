@@ -179,7 +179,7 @@ class Interference:
             gate_rate=0.0 if still else None,
             weight_decay=0.0,
             save_steps=10**6,
-            log_steps=10,
+            log_steps=1,
             seed=run.seed,
         )
         report = fit(model, Config(model.settings, train=train), data, self.stores)
