@@ -55,7 +55,7 @@ std::vector<float> total_gates(const Call& call, const Plan& plan) {
   return out;
 }
 
-std::shared_ptr<const Plan> plan_of(const moe_lora_routing& r) {
+std::shared_ptr<const Plan> plan_of(const moe_lora_routing& r, int tile) {
   std::vector<int32_t> picks, ends;
   picks.reserve(r.N * r.K);
   for (int64_t i = 0; i < r.N; ++i)
@@ -71,7 +71,7 @@ std::shared_ptr<const Plan> plan_of(const moe_lora_routing& r) {
     throw std::runtime_error("the routing's " + std::to_string(r.N) + " instances must divide x's " +
                              std::to_string(r.T) + " rows, or have offsets");
   }
-  return plan_of(std::move(picks), std::move(ends), r.T, r.E, int(r.K));
+  return plan_of(std::move(picks), std::move(ends), r.T, r.E, int(r.K), tile);
 }
 
 }  // namespace moe_lora

@@ -41,7 +41,8 @@ std::vector<float> total_gates(const Call& call, const Plan& plan);
 Mask mask_of(const Call& call);
 
 // Throws std::runtime_error if the routing does not fit.
-std::shared_ptr<const Plan> plan_of(const moe_lora_routing& routing);
+// `tile`: rows of one tile, or 0 if that does not matter
+std::shared_ptr<const Plan> plan_of(const moe_lora_routing& routing, int tile);
 
 // Columns along the dimension that is not summed over; the last one is if `sum_last`.
 Source source(const moe_lora_matrix& matrix, bool sum_last);

@@ -25,10 +25,20 @@ namespace {
 #include "kernels_impl.h"
 
 #include "few_impl.h"
+#ifdef TILES
+#include "amx_impl.h"
+#endif
 }  // namespace
 
-extern const Kernels<ELEMENT> KERNELS{pack<ELEMENT>,       shrink<ELEMENT>,   expand<ELEMENT>, sum<ELEMENT>,
-                                      few_shrink<ELEMENT>, few_rows<ELEMENT>, kDots};
+#ifdef TILES
+extern const Kernels<ELEMENT> KERNELS{
+    pack<ELEMENT>,     tiles_shrink, tiles_expand, tiles_sum,    few_shrink<ELEMENT>,
+    few_rows<ELEMENT>, kDots,        kRowsOfBlock, kWhole * kPer<ELEMENT>, kTaskColumns, kTilesOfChunk, true};
+#else
+extern const Kernels<ELEMENT> KERNELS{
+    pack<ELEMENT>,     shrink<ELEMENT>, expand<ELEMENT>, sum<ELEMENT>,           few_shrink<ELEMENT>,
+    few_rows<ELEMENT>, kDots,           kTile,           kWhole * kPer<ELEMENT>, kColumns, kChunk, false};
+#endif
 }  // namespace moe_lora
 
 #if defined(__clang__)

@@ -1,10 +1,18 @@
 // Which instruction sets there are, and the one in use.
 #include "kernels.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace moe_lora {
 
 #if defined(__x86_64__) && defined(__GNUC__)
-extern const Kernels<bf16> kAvx512Bf16;
+extern const Kernels<bf16> kAmx, kAvx512Bf16;
 extern const Kernels<float> kAvx512, kAvx2;
 
 namespace {
@@ -14,10 +22,20 @@ bool avx512() {
 }
 bool avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 bool avx512_bf16() { return avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Tile registers are part of a thread's state only if Linux is asked for them, once for the process.
+bool amx() {
+  unsigned a, b, c, d;
+  if (!avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned tiles_and_bf16 = 1u << 24 | 1u << 22;
+  constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & tiles_and_bf16) == tiles_and_bf16 && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+}
 }  // namespace
 
 const InstructionSet* instruction_sets() {
   static const InstructionSet sets[] = {
+      {"amx", amx, &kAmx, &kAvx512},
       {"avx512_bf16", avx512_bf16, &kAvx512Bf16, &kAvx512},
       {"avx512", avx512, nullptr, &kAvx512},
       {"avx2", avx2, nullptr, &kAvx2},

@@ -32,6 +32,8 @@ void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
+int tile_rows(bool half) { return half ? kernels<bf16>().rows : kernels<float>().rows; }
+
 void check(const Call& call) {
   require(in_use().name, "this processor has no instruction set that moe_lora._C was built for");
   require(call.dtype == MOE_LORA_FLOAT || (call.dtype == MOE_LORA_BF16 && in_use().half),
@@ -51,8 +53,8 @@ const char* moe_lora_forward(const moe_lora_call* call, int form, void* const* y
   return guarded([&] {
     check(*call);
     const ThreadLimit limit(call->threads);
-    const auto plan = plan_of(call->routing);
     const bool half = call->dtype == MOE_LORA_BF16;
+    const auto plan = plan_of(call->routing, tile_rows(half));
     if (form == MOE_LORA_TILES) return (half ? tiles_forward<bf16> : tiles_forward<float>)(*call, *plan, ys, hs);
     require(form == MOE_LORA_FEW_ROWS, "form must be MOE_LORA_TILES or MOE_LORA_FEW_ROWS");
     require(plan->T <= kFewRows && !call->dropout, "MOE_LORA_FEW_ROWS is for at most 64 rows without dropout");
@@ -70,13 +72,13 @@ const char* moe_lora_backward(const moe_lora_call* call, const moe_lora_rows* dy
     const ThreadLimit limit(call->threads);
     const bool half = call->dtype == MOE_LORA_BF16;
     const Grads grads{dx, dgates, das, dbs};
-    (half ? tiles_backward<bf16> : tiles_backward<float>)(*call, *plan_of(call->routing), dys, hs, grads);
+    (half ? tiles_backward<bf16> : tiles_backward<float>)(*call, *plan_of(call->routing, tile_rows(half)), dys, hs, grads);
   });
 }
 
 const char* moe_lora_used(const moe_lora_routing* routing, int32_t* used, int64_t* count) {
   return guarded([&] {
-    const auto plan = plan_of(*routing);
+    const auto plan = plan_of(*routing, 0);
     std::copy(plan->used.begin(), plan->used.end(), used);
     *count = int64_t(plan->used.size());
   });

@@ -73,6 +73,8 @@ struct Shrink {  // z = rows · panels, for each row's experts; then s = gates �
   int64_t stride, D;         // rows [T, D]
   const uint32_t* panels;    // [used, groups, words(D), 16]
   int groups, R;             // panels per expert, their columns in use
+  int used;
+  uint32_t* tiles;           // with tile instructions: the rows as A tiles are written to it, [tiles, rows · whole(D)]
   Routes routes;
   const float* gates;        // [N, K], all that the instance gives to that pick's expert
   E* s;                      // [T, K, even(R)]
@@ -87,6 +89,7 @@ template <class E>
 struct Expand {  // out = rows · weight + bias + s · panels(lora), columns first .. first + columns
   const E* rows;
   int64_t stride, D;         // rows [T, D], D is summed over
+  const uint32_t* tiles;     // with tile instructions instead of rows: those of the shrink
   Source weight;
   Source lora;
   int used, R;
@@ -140,7 +143,12 @@ struct Kernels {
   void (*sum)(const Sum<E>*, int members, int expert, int64_t first);
   void (*few_shrink)(const Few<E>&, int expert, int64_t split);
   void (*few_rows)(const Few<E>&, int64_t first);
-  int dots;  // up to so many rows, few_rows takes dot products
+  int dots;         // up to so many rows, few_rows takes dot products
+  int rows;         // of a plan's tile
+  int64_t whole;    // panels have a multiple of so many elements of depth, s so many a place
+  int64_t columns;  // of a task of `expand`
+  int64_t chunk;    // tiles worked on together
+  bool lays_rows;   // shrink fills Shrink::tiles, expand reads them
 };
 
 struct InstructionSet {

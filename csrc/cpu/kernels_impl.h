@@ -1,11 +1,18 @@
 // The kernels, on the sixteen lanes of vector_*.h. Included inside the namespace of one instruction set.
 
+#ifdef TILES
+constexpr int64_t kWhole = kLanes;  // words
+#else
+constexpr int64_t kWhole = 1;
+#endif
+
 template <class E>
 constexpr int kPer = 4 / sizeof(E);  // elements of a word
 
+// Of a panel of that depth; with tile instructions whole tiles, see amx_impl.h.
 template <class E>
 constexpr int64_t words_of(int64_t depth) {
-  return (depth + kPer<E> - 1) / kPer<E>;
+  return (depth + kPer<E> * kWhole - 1) / (kPer<E> * kWhole) * kWhole;
 }
 
 constexpr int64_t kBlock = 192;  // words of depth at a time: 64 columns of them, 48 KB, stream from L2 and half stay in L1
@@ -17,7 +24,7 @@ struct Blocks {
   explicit Blocks(int64_t all) : words(all), count((all + kBlock - 1) / kBlock), size((all + count - 1) / count) {}
 };
 
-enum Scratch { kWeights, kLora, kSums, kRows, kLeft, kBits, kMany };
+enum Scratch { kWeights, kLora, kSums, kRows, kLeft, kBits, kMany, kNumbers };
 
 // One product of a register tile: rows at `a`, each a_row bytes apart, a word each a_step bytes, against packed columns.
 struct Segment {
@@ -168,6 +175,10 @@ template <class S, class E, class Row>
 void pack_down(Row row, int64_t columns, int64_t depth, uint32_t* out) {
   const int64_t all = words_of<E>(depth);
   for (int64_t w = 0; w < all; ++w) {
+    if (w * kPer<E> >= depth) {
+      for (int64_t first = 0; first < columns; first += kLanes) store_words(out + first * all + w * kLanes, spread_word(0u));
+      continue;
+    }
     const S* low = row(w * kPer<E>);
     const S* high = kPer<E> == 2 && w * 2 + 1 < depth ? row(w * 2 + 1) : nullptr;
     for (int64_t first = 0; first < columns; first += kLanes) {
@@ -464,6 +475,16 @@ void store_sums(const Sum<E>& job, const float* sums, int64_t first, int64_t col
     }
 }
 
+// `depth` of an expert's rows from the at-th on, after dropout, as panels of `columns` columns.
+template <class E>
+void pack_rows(const Sum<E>& job, int64_t at, int64_t depth, int64_t first, int64_t columns, E* dropped, uint32_t* right) {
+  const auto row = [&](int64_t i) { return job.rows + job.routes.rows[at + i] * job.stride + first; };
+  if (!dropped) return pack_down<E, E>(row, columns, depth, right);
+  for (int64_t i = 0; i < depth; ++i)
+    drop(job.mask, job.routes.rows[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
+  pack_down<E, E>([&](int64_t i) { return dropped + i * kColumns; }, columns, depth, right);
+}
+
 // Columns first .. first + kColumns of an expert's sum.
 template <class E>
 void sum(const Sum<E>* jobs, int members, int expert, int64_t first) {
@@ -480,14 +501,7 @@ void sum(const Sum<E>* jobs, int members, int expert, int64_t first) {
   if (begin == end) std::memset(sums, 0, members * size * sizeof(float));
   for (int64_t at = begin; at < end; at += most) {
     const int64_t depth = std::min(most, end - at);
-    const auto row = [&](int64_t i) { return job.rows + job.routes.rows[at + i] * job.stride + first; };
-    if (dropped) {
-      for (int64_t i = 0; i < depth; ++i)
-        drop(job.mask, job.routes.rows[at + i] * job.columns + first, columns, row(i), dropped + i * kColumns);
-      pack_down<E, E>([&](int64_t i) { return dropped + i * kColumns; }, columns, depth, right);
-    } else {
-      pack_down<E, E>(row, columns, depth, right);
-    }
+    pack_rows(job, at, depth, first, columns, dropped, right);
     for (int m = 0; m < members; ++m) {
       pack_down<E, E>([&](int64_t i) { return jobs[m].s + job.routes.slots[at + i] * even; }, job.R, depth, left);
       sum_block<E>(left, right, words_of<E>(depth), job.R, panels, sums + m * size, at > begin);

@@ -14,6 +14,7 @@ struct Plan {
   std::vector<int32_t> picks, ends;  // what it was made from: experts [N, K]; offsets, or none
   int64_t T, E;
   int K;
+  int size;  // rows of a tile
 
   std::vector<int32_t> used;      // experts, rising
   std::vector<int32_t> experts;   // [N, K]: an instance's, each once, rising, as numbers in `used`
@@ -25,15 +26,16 @@ struct Plan {
   std::vector<int64_t> starts, slots;  // of each used expert
   std::vector<int32_t> rows;
 
-  Plan(std::vector<int32_t> picks, std::vector<int32_t> ends, int64_t T, int64_t E, int K)
-      : picks(std::move(picks)), ends(std::move(ends)), T(T), E(E), K(K) {
+  Plan(std::vector<int32_t> picks, std::vector<int32_t> ends, int64_t T, int64_t E, int K, int size)
+      : picks(std::move(picks)), ends(std::move(ends)), T(T), E(E), K(K), size(size) {
     find_experts();
     find_tiles();
     find_rows();
   }
 
-  bool made_from(const std::vector<int32_t>& p, const std::vector<int32_t>& e, int64_t rows, int64_t all, int k) const {
-    return T == rows && E == all && K == k && picks == p && ends == e;
+  bool made_from(const std::vector<int32_t>& p, const std::vector<int32_t>& e, int64_t rows, int64_t all, int k,
+                 int tile) const {
+    return T == rows && E == all && K == k && (size == tile || !tile) && picks == p && ends == e;
   }
 
   Routes routes() const {
@@ -71,8 +73,8 @@ struct Plan {
       while (!ends.empty() && t >= ends[i + 1]) ++i;
       instance[t] = int32_t(ends.empty() ? t / (T / N) : i);
     }
-    for (int64_t row = 0; row < T; row += kTile) {
-      Tile tile{int32_t(row), int32_t(std::min<int64_t>(kTile, T - row)), int32_t(runs.size()), 0};
+    for (int64_t row = 0; row < T; row += size) {
+      Tile tile{int32_t(row), int32_t(std::min<int64_t>(size, T - row)), int32_t(runs.size()), 0};
       for (int32_t t = tile.row; t < tile.row + tile.rows; ++t)
         if (tile.runs && same(instance[t - 1], instance[t]))
           ++runs.back().rows;
@@ -97,12 +99,12 @@ struct Plan {
   }
 };
 
-// The plan of this routing, kept for the thread's next call: all layers of a step share it, forward and backward.
+// The plan of this routing with tiles of that size, or 0 for any; kept for the thread's next call: all layers of a step share it, forward and backward.
 inline std::shared_ptr<const Plan> plan_of(std::vector<int32_t> picks, std::vector<int32_t> ends, int64_t T, int64_t E,
-                                           int K) {
+                                           int K, int size) {
   static thread_local std::shared_ptr<const Plan> last;
-  if (!last || !last->made_from(picks, ends, T, E, K))
-    last = std::make_shared<const Plan>(std::move(picks), std::move(ends), T, E, K);
+  if (!last || !last->made_from(picks, ends, T, E, K, size))
+    last = std::make_shared<const Plan>(std::move(picks), std::move(ends), T, E, K, size ? size : kTile);
   return last;
 }
 

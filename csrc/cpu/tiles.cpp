@@ -8,8 +8,9 @@ namespace moe_lora {
 namespace {
 
 template <class E>
-constexpr int64_t even(int64_t n) {
-  return sizeof(E) == 2 ? (n + 1) / 2 * 2 : n;
+int64_t whole(int64_t n) {
+  const int64_t unit = kernels<E>().whole;
+  return (n + unit - 1) / unit * unit;
 }
 
 template <class E>
@@ -26,7 +27,7 @@ Rows<E> rows_of(const moe_lora_rows& rows, int64_t columns) {
 // Panels of the experts' columns, for a shrink.
 template <class E>
 Buffer<uint32_t> shrink_panels(const Source& from, const Call& call, const Plan& plan, int64_t depth) {
-  const int64_t groups = (call.R + kLanes - 1) / kLanes, words = even<E>(depth) * int64_t(sizeof(E)) / 4;
+  const int64_t groups = (call.R + kLanes - 1) / kLanes, words = whole<E>(depth) * int64_t(sizeof(E)) / 4;
   const auto used = int64_t(plan.used.size());
   Buffer<uint32_t> panels(used * groups * words * kLanes);
   each(used * groups, [&](int64_t i) {
@@ -42,20 +43,28 @@ Shrink<E> shrink_job(const Rows<E>& rows, const Buffer<uint32_t>& panels, const 
   Shrink<E> job{};
   job.rows = rows.data, job.stride = rows.stride, job.D = rows.columns;
   job.panels = panels.data(), job.groups = int((call.R + kLanes - 1) / kLanes), job.R = int(call.R);
-  job.routes = plan.routes(), job.gates = gates.data();
+  job.used = int(plan.used.size()), job.routes = plan.routes(), job.gates = gates.data();
   job.s = s.data();
   return job;
 }
 
+// Room for rows as tile instructions take them, which the shrink fills; none for other kernels.
+template <class E>
+Buffer<uint32_t> empty_tiles(const Plan& plan, int64_t depth) {
+  const bool any = kernels<E>().lays_rows;
+  return Buffer<uint32_t>(any ? int64_t(plan.tiles.size()) * plan.size * whole<E>(depth) * int64_t(sizeof(E)) / 4 : 0);
+}
+
 template <class E>
 Buffer<E> empty_ranks(const Call& call, const Plan& plan) {
-  return Buffer<E>(plan.T * plan.K * even<E>(call.R));
+  return Buffer<E>(plan.T * plan.K * whole<E>(call.R));
 }
 
 template <class E>
 void run(const Shrink<E>* jobs, int members, const Plan& plan) {
-  const int64_t tiles = plan.tiles.size(), rounds = (tiles + kChunk * threads() - 1) / (kChunk * threads());
-  const int64_t chunks = std::min(tiles, rounds * threads());  // at most kChunk tiles each, as many for each thread
+  const int64_t tiles = plan.tiles.size(), chunk = kernels<E>().chunk;
+  const int64_t rounds = (tiles + chunk * threads() - 1) / (chunk * threads());
+  const int64_t chunks = std::min(tiles, rounds * threads());  // at most `chunk` tiles each, as many for each thread
   each(chunks, [&](int64_t i) { kernels<E>().shrink(jobs, members, i * tiles / chunks, (i + 1) * tiles / chunks); });
 }
 
@@ -77,11 +86,13 @@ void run(const std::vector<Expand<E>>& jobs, const Plan& plan, bool summed) {
   const int members = summed ? int(jobs.size()) : 1;
   std::vector<std::pair<const Expand<E>*, int64_t>> panels;  // and their first column
   for (const Expand<E>* job = jobs.data(); job < jobs.data() + jobs.size(); job += members)
-    for (int64_t first = 0; first < job->columns; first += kColumns) panels.emplace_back(job, first);
+    for (int64_t first = 0; first < job->columns; first += kernels<E>().columns) panels.emplace_back(job, first);
   if (panels.empty()) return;
-  // Few panels are cut by rows, but each part packs the panel: not more parts than threads, nor less than kChunk tiles each.
-  const int64_t count = panels.size(), tiles = plan.tiles.size(), wanted = (4 * threads() + count - 1) / count;
-  const int64_t parts = std::min({wanted, threads(), (tiles + kChunk - 1) / kChunk});
+  // Few panels are cut by rows, but each part packs the panel: not more parts than threads, nor less than a
+  // chunk of tiles each.
+  const int64_t chunk = kernels<E>().chunk, count = panels.size(), tiles = plan.tiles.size();
+  const int64_t wanted = (4 * threads() + count - 1) / count;
+  const int64_t parts = std::min({wanted, threads(), (tiles + chunk - 1) / chunk});
   each(count * parts, [&](int64_t i) {
     const auto [job, first] = panels[i / parts];
     const int64_t part = i % parts;
@@ -119,6 +130,7 @@ template <class E>
 void tiles_forward(const Call& call, const Plan& plan, void* const* ys, void* const* hs) {
   const Rows<E> rows = rows_of<E>(call.x, call.D);
   const std::vector<float> gates = total_gates(call, plan);
+  const Buffer<uint32_t> tiles = empty_tiles<E>(plan, call.D);
   std::vector<Buffer<E>> ss;
   std::vector<Buffer<uint32_t>> panels;
   std::vector<Shrink<E>> shrinks;
@@ -128,8 +140,10 @@ void tiles_forward(const Call& call, const Plan& plan, void* const* ys, void* co
     const Source a = source(member.lora_a, false, plan), b = source(member.lora_b, false, plan);
     ss.push_back(empty_ranks<E>(call, plan)), panels.push_back(shrink_panels<E>(a, call, plan, call.D));
     shrinks.push_back(shrink_job(rows, panels[m], call, plan, gates, ss[m]));
+    shrinks[m].tiles = tiles.data();
     shrinks[m].h = static_cast<E*>(hs[m]), shrinks[m].mask = mask_of(call);
     expands.push_back(expand_job(rows, source(member.weight, true), b, ss[m], call, plan, ys[m], member.F));
+    expands[m].tiles = tiles.data();
     expands[m].bias = static_cast<const E*>(member.bias);
   }
   run(shrinks.data(), int(shrinks.size()), plan);
@@ -145,6 +159,7 @@ void tiles_backward(const Call& call, const Plan& plan, const moe_lora_rows* dys
   const Buffer<float> dgates(plan.T * plan.K);
   if (grads.dgates) std::fill_n(grads.dgates, picks, 0.0);
   std::vector<Buffer<E>> ss;
+  std::vector<Buffer<uint32_t>> tiles;
   std::vector<Expand<E>> expands;
   std::vector<Sum<E>> sums;
   for (int64_t m = 0; m < call.count; ++m) {
@@ -153,14 +168,15 @@ void tiles_backward(const Call& call, const Plan& plan, const moe_lora_rows* dys
     const Source a = source(member.lora_a, true, plan), b = source(member.lora_b, true, plan);
     const Buffer<uint32_t> panels = shrink_panels<E>(b, call, plan, member.F);
     const Buffer<E> kept_s = empty_ranks<E>(call, plan);
-    ss.push_back(empty_ranks<E>(call, plan));
+    ss.push_back(empty_ranks<E>(call, plan)), tiles.push_back(empty_tiles<E>(plan, member.F));
     auto job = shrink_job(drows, panels, call, plan, gates, ss[m]);
+    job.tiles = tiles[m].data();
     job.kept = static_cast<const E*>(hs[m]), job.kept_s = kept_s.data(), job.dgates = dgates.data();
     run(&job, 1, plan);
     if (grads.dgates) sum_gates(dgates.data(), plan, grads.dgates);
     if (grads.dbs[m]) run<E>({sum_job(drows, kept_s, call, plan, grads.dbs[m])}, plan);
     expands.push_back(expand_job(drows, source(member.weight, false), a, ss[m], call, plan, grads.dx, call.D));
-    expands[m].mask = mask;
+    expands[m].tiles = tiles[m].data(), expands[m].mask = mask;
   }
   if (grads.dx) run(expands, plan, true);
   for (int64_t m = 0; m < call.count; ++m)
