@@ -10,6 +10,7 @@ constexpr int64_t kTileWords = kSixteen * kLanes;     // of one tile, 1 KB
 constexpr int64_t kBlockFloats = 4 * kTileWords;
 constexpr int64_t kDepth = 32;                        // bf16 of one step of depth
 constexpr int64_t kSteps = 8;                         // of depth at a time: 32 rows of them, 16 KB, stay in L1
+constexpr int kTileDots = 1;                          // rows in dot products
 constexpr int64_t kTaskColumns = 512;                 // of one task of expand
 constexpr int64_t kTilesOfChunk = 8;                  // of the plan, worked on together: their sums stay in L2
 

@@ -309,11 +309,11 @@ void few_expand(const Few<E>& job, int64_t first, int64_t columns, float* c) {
 }
 
 template <class E>
-void few_rows(const Few<E>& job, int64_t first) {
+void few_rows(const Few<E>& job, int64_t first, void (*base)(const Few<E>&, int64_t, int64_t, float*)) {
   const int64_t columns = std::min<int64_t>(kFewColumns, job.F - first);
   auto* c = (float*)scratch(kSums, job.T * kFewColumns * sizeof(float));
   if (columns < kFewColumns) std::memset(c, 0, job.T * kFewColumns * sizeof(float));
-  job.T <= kDots ? base_dots(job, first, columns, c) : base_lanes(job, first, columns, c);
+  base(job, first, columns, c);
   switch (job.lora_b.matrix.kind) {
     case Kind::kFloat: few_expand<float>(job, first, columns, c); break;
     case Kind::kBf16: few_expand<bf16>(job, first, columns, c); break;
@@ -321,4 +321,9 @@ void few_rows(const Few<E>& job, int64_t first) {
   }
   for (int t = 0; t < job.T; ++t)
     finish(c + t * kFewColumns, job.bias ? job.bias + first : nullptr, columns, job.out + t * job.F + first);
+}
+
+template <class E>
+void few_rows(const Few<E>& job, int64_t first) {
+  few_rows(job, first, job.T <= kDots ? base_dots<E> : base_lanes<E>);
 }

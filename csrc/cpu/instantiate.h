@@ -27,13 +27,15 @@ namespace {
 #include "few_impl.h"
 #ifdef TILES
 #include "amx_impl.h"
+
+#include "amx_few.h"
 #endif
 }  // namespace
 
 #ifdef TILES
 extern const Kernels<ELEMENT> KERNELS{
-    pack<ELEMENT>,     tiles_shrink, tiles_expand, tiles_sum,    few_shrink<ELEMENT>,
-    few_rows<ELEMENT>, kDots,        kRowsOfBlock, kWhole * kPer<ELEMENT>, kTaskColumns, kTilesOfChunk, true};
+    pack<ELEMENT>, tiles_shrink, tiles_expand,           tiles_sum,    few_shrink<ELEMENT>, tiles_few_rows,
+    kTileDots,     kRowsOfBlock, kWhole * kPer<ELEMENT>, kTaskColumns, kTilesOfChunk,       true};
 #else
 extern const Kernels<ELEMENT> KERNELS{
     pack<ELEMENT>,     shrink<ELEMENT>, expand<ELEMENT>, sum<ELEMENT>,           few_shrink<ELEMENT>,

@@ -7,6 +7,9 @@
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+
+// Defined by the emulator of tile instructions that tests preload (tests/support/amxemu.c).
+extern "C" __attribute__((weak, visibility("default"))) int moe_lora_emulates_amx();
 #endif
 
 namespace moe_lora {
@@ -25,11 +28,17 @@ bool avx512_bf16() { return avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // Tile registers are part of a thread's state only if Linux is asked for them, once for the process.
 bool amx() {
+#ifdef __linux__
+  if (!avx512_bf16()) return false;
+  if (moe_lora_emulates_amx) return moe_lora_emulates_amx();
   unsigned a, b, c, d;
-  if (!avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned tiles_and_bf16 = 1u << 24 | 1u << 22;
   constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return (d & tiles_and_bf16) == tiles_and_bf16 && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tiles_and_bf16) == tiles_and_bf16 &&
+         syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 }  // namespace
 
