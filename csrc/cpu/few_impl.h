@@ -5,7 +5,9 @@
 
 constexpr int kDotBlock = 24;          // weight rows that meet a part of the rows while it is in L1
 constexpr int64_t kDotBytes = 16384;   // of all rows in such a part
-constexpr int64_t kLaneWords = 1024;   // of depth, while a task's columns pass: a page of a weight row, panels from L2
+// Words of depth while a task's columns pass, panels from L2: a page of a weight row for bf16; shorter sums for float.
+template <class E>
+constexpr int64_t kLaneWords = sizeof(E) == 2 ? 1024 : 256;
 constexpr int kPanels = kVectors;       // of rows at once
 
 // acc[m · kDotBlock + n] (+)= sixteen partial sums of <row m, weight row n>, of M rows and N weight rows. x holds 64 bytes
@@ -121,9 +123,7 @@ template <class E, int V, int N>
 __attribute__((noinline)) void lanes(const uint32_t* x, int64_t x_stride, const E* w, int64_t w_stride, int64_t words,
                                      float* c, int64_t c_stride, bool add_to, int64_t ahead) {
   constexpr int groups = (N + 2) / 3;
-  alignas(64) static const float zeros[kLanes * V] = {};
-  const float* start = add_to ? c : zeros;
-  const int64_t start_stride = add_to ? c_stride : 0, row = w_stride * sizeof(E);
+  const int64_t row = w_stride * sizeof(E);
   const char* p[groups];  // of every third row: fewer registers than rows
   for (int g = 0; g < groups; ++g) {
     p[g] = (const char*)w + 3 * g * row;
@@ -131,7 +131,7 @@ __attribute__((noinline)) void lanes(const uint32_t* x, int64_t x_stride, const 
   }
   F acc[N][V];
   for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) acc[n][v] = load(start + n * start_stride + v * kLanes);
+    for (int v = 0; v < V; ++v) acc[n][v] = zero();
   int64_t i = 0;
   do {
     for (int n = 0; n < N; ++n) __builtin_prefetch(p[n / 3] + n % 3 * row + i * 4 + ahead, 0, 2);
@@ -146,8 +146,12 @@ __attribute__((noinline)) void lanes(const uint32_t* x, int64_t x_stride, const 
       x += kLanes;
     } while (++i < end);
   } while (i < words);
+  alignas(64) static const float zeros[kLanes * V] = {};
+  const float* before = add_to ? c : zeros;
+  const int64_t before_stride = add_to ? c_stride : 0;
   for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) store(c + n * c_stride + v * kLanes, acc[n][v]);
+    for (int v = 0; v < V; ++v)
+      store(c + n * c_stride + v * kLanes, add(acc[n][v], load(before + n * before_stride + v * kLanes)));
 }
 
 template <class E, int V>
@@ -188,11 +192,11 @@ template <class E>
 void base_lanes(const Few<E>& job, int64_t first, int64_t columns, float* c) {
   const int panels = (job.T + kLanes - 1) / kLanes;
   auto* sums = (float*)scratch(kLora, kFewColumns * panels * kLanes * sizeof(float));
-  for (int64_t at = 0; at < job.words; at += kLaneWords) {
-    const int64_t d = at * kPer<E>, depth = std::min<int64_t>(kLaneWords * kPer<E>, job.D - d), odd = depth % kPer<E>;
+  for (int64_t at = 0; at < job.words; at += kLaneWords<E>) {
+    const int64_t d = at * kPer<E>, depth = std::min<int64_t>(kLaneWords<E> * kPer<E>, job.D - d), odd = depth % kPer<E>;
     for (int64_t n = 0; n < columns; n += kDotBlock) {
       const int count = int(std::min<int64_t>(kDotBlock, columns - n));
-      const int64_t next = n + count < columns ? count * job.weight.stride : kLaneWords * kPer<E> - n * job.weight.stride;
+      const int64_t next = n + count < columns ? count * job.weight.stride : kLaneWords<E> * kPer<E> - n * job.weight.stride;
       float* out = sums + n * panels * kLanes;
       int64_t stride;
       if (depth > odd) {
@@ -214,9 +218,12 @@ void base_lanes(const Few<E>& job, int64_t first, int64_t columns, float* c) {
     }
 }
 
-// z[m] = x[m] · columns r .. r + 32 of a, over its rows begin .. end, for M rows
+constexpr int64_t kShortSum = 256;  // of depth: a longer sum in float loses with its length
+
+// z[m] (+)= x[m] · columns r .. r + 32 of a, over its rows begin .. end, for M rows
 template <class S, class E, int M>
-void few_shrink_rows(const E* const* x, const S* a, int64_t stride, int64_t begin, int64_t end, int64_t n, float* const* z) {
+void few_shrink_rows(const E* const* x, const S* a, int64_t stride, int64_t begin, int64_t end, int64_t n, float* const* z,
+                     bool add_to) {
   F acc[M][2];
   const int64_t low = std::min<int64_t>(n, kLanes), high = std::max<int64_t>(n - kLanes, 0);
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
@@ -243,16 +250,19 @@ void few_shrink_rows(const E* const* x, const S* a, int64_t stride, int64_t begi
     }
   }
   for (int m = 0; m < M; ++m) {
+    if (add_to) acc[m][0] = add(acc[m][0], floats(z[m], low));
     store_some(z[m], acc[m][0], low);
-    if (high) store_some(z[m] + kLanes, acc[m][1], high);
+    if (!high) continue;
+    if (add_to) acc[m][1] = add(acc[m][1], floats(z[m] + kLanes, high));
+    store_some(z[m] + kLanes, acc[m][1], high);
   }
 }
 
 template <class S, class E, int M = 1>
 void few_shrink_some(int rows, const E* const* x, const S* a, int64_t stride, int64_t begin, int64_t end, int64_t n,
-                     float* const* z) {
-  if (rows == M) return few_shrink_rows<S, E, M>(x, a, stride, begin, end, n, z);
-  if constexpr (M < kAccumulators / 3) few_shrink_some<S, E, M + 1>(rows, x, a, stride, begin, end, n, z);
+                     float* const* z, bool add_to) {
+  if (rows == M) return few_shrink_rows<S, E, M>(x, a, stride, begin, end, n, z, add_to);
+  if constexpr (M < kAccumulators / 3) few_shrink_some<S, E, M + 1>(rows, x, a, stride, begin, end, n, z, add_to);
 }
 
 // z[split] of one expert for the rows that use it, as many at a time as there are registers for
@@ -268,7 +278,8 @@ void few_shrink_as(const Few<E>& job, int expert, int64_t split) {
     for (int i = 0; i < rows; ++i) x[i] = job.rows + job.routes.rows[at + i] * job.stride;
     for (int r = 0; r < job.R; r += 2 * kLanes) {
       for (int i = 0; i < rows; ++i) z[i] = job.z + (split * job.T * job.routes.K + job.routes.slots[at + i]) * job.R + r;
-      few_shrink_some(rows, x, a + r, job.lora_a.matrix.stride, begin, end, job.R - r, z);
+      for (int64_t d = begin; d < end; d += kShortSum)
+        few_shrink_some(rows, x, a + r, job.lora_a.matrix.stride, d, std::min(end, d + kShortSum), job.R - r, z, d > begin);
     }
   }
 }

@@ -34,15 +34,13 @@ struct Segment {
   int64_t words;            // 16 times the depth in words, at least one word
 };
 
-// The accumulators start from c or from zeros by one path of loads: a second one would make the compiler spill them.
+// A sum of one block of depth at a time: added to c at its end, since one long sum in float loses with its length. What it
+// is added to comes by one path of loads, from c or from zeros: a second one would make the compiler spill the sums.
 template <class E, int M, int N>
 __attribute__((noinline)) void tile_of(const Segment* s, int count, float* c, int64_t stride, bool add_to) {
-  alignas(64) static const float zeros[kWide] = {};
-  const float* start = add_to ? c : zeros;
-  const int64_t start_stride = add_to ? stride : 0;
   F acc[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = load(start + m * start_stride + n * kLanes);
+    for (int n = 0; n < N; ++n) acc[m][n] = zero();
   const Segment* end = s + count;
   do {
     const int64_t row = s->a_row, step = s->a_step;
@@ -62,8 +60,12 @@ __attribute__((noinline)) void tile_of(const Segment* s, int count, float* c, in
       w += kLanes, low += step, high += step;
     } while (w < words);
   } while (++s < end);
+  alignas(64) static const float zeros[kWide] = {};
+  const float* before = add_to ? c : zeros;
+  const int64_t before_stride = add_to ? stride : 0;
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) store(c + m * stride + n * kLanes, acc[m][n]);
+    for (int n = 0; n < N; ++n)
+      store(c + m * stride + n * kLanes, add(acc[m][n], load(before + m * before_stride + n * kLanes)));
 }
 
 template <class E, int M>

@@ -21,7 +21,7 @@ from moe_lora.dropout import as_seed, keep_scale
 from moe_lora.ops import linear
 from moe_lora.routing import Plan, Routing
 
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+FLOOR = {torch.float64: 1e-12, torch.float32: 5e-7, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class Case(NamedTuple):

@@ -25,7 +25,16 @@ def missing() -> str | None:
 def build(folder: Path) -> Path:
     """Compile the emulator into a folder."""
     library = folder / "amxemu.so"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-ftls-model=initial-exec"]
+    flags = [
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ftls-model=initial-exec",
+    ]
     subprocess.run(["cc", *flags, str(SOURCE), "-o", str(library), "-lm"], check=True)
     return library
 
@@ -38,7 +47,12 @@ def run(library: Path, *arguments: str, timeout: float) -> str:
     path = os.pathsep.join(path for path in sys.path if path)
     more = {"LD_PRELOAD": str(library), "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, *arguments], env=os.environ | more, capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, *arguments],
+        env=os.environ | more,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_lora.backend import cpu, installation
-from moe_lora.verify import Case, make
+from moe_lora.backend.reference import oracle
+from moe_lora.routing import Plan
+from moe_lora.verify import Case, gradients, make
 
 from tests.support import groups
 from tests.support.tolerance import assert_right
@@ -86,6 +88,41 @@ def torch_threads():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_and_gradients_match_oracle(case, dtype, instructions, nan_empty):
     assert_right(case, make(case, dtype), "cpu")
+
+
+LONG_SUMS = (  # over D, over F, over the rows; by each kernel
+    (Case((35, 35), 4096, 64, 4, 2, 8), 1),
+    (Case((35, 35), 64, 4096, 4, 2, 8), 1),
+    (Case((1500, 500), 32, 48, 4, 2, 8), 1),
+    (Case((1,) * 4, 4096, 64, 4, 2, 8), 1),
+    (Case((1,) * 30, 4096, 64, 4, 2, 8), 1),
+    (Case((35, 35), 16384, 96, 4, 2, 8), 4),
+    (Case((1,) * 30, 16384, 96, 4, 2, 8), 4),
+)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (times > 1)) for case, times in LONG_SUMS],
+    ids=str,
+)
+def test_cpu_float32_sums_are_as_exact_as_pytorchs_at_any_depth(case, instructions):
+    inputs = make(case, torch.float32)
+    plan = Plan(inputs.routing.experts, inputs.routing.gates, None, 0.7, 0.0, inputs.seed)
+    doubles = make(case, torch.float64)
+    doubles = doubles._replace(**{name: getattr(inputs, name).detach().double() for name in ("weight", "bias", "dy")})
+    for name, tensor in doubles.leaves().items():
+        tensor.data = inputs.leaves()[name].detach().double()
+    y, truth = call(case, inputs), oracle(*doubles[:5], plan._replace(gates=doubles.routing.gates))
+    theirs = moe_lora.linear(*inputs[:6], 0.7, 0.0, inputs.seed, "reference")
+    results = [
+        [out, *gradients(out, of.leaves(), of.dy)] for out, of in ((y, inputs), (theirs, inputs), (truth, doubles))
+    ]
+    for name, ours, pytorchs, true in zip(("y", "dx", "da", "db", "dgates"), *results, strict=True):
+        error, allowed = ((got.double() - true).square().mean().sqrt() for got in (ours, pytorchs))
+        if true.numel() >= 64:  # of a few gates, the mean error is chance
+            assert error <= 1.5 * allowed, f"{name}: {error / allowed:.2f} of PyTorch's rms error"
 
 
 @needs_native
@@ -264,7 +301,8 @@ def test_cpu_random_shapes_match_oracle(data):
 def test_cpu_after_fork():
     code = """
 import os, torch, moe_lora
-from moe_lora.verify import Case, make
+from moe_lora.routing import Plan
+from moe_lora.verify import Case, gradients, make
 torch.set_num_threads(2)
 case = Case((91, 91), 70, 130, 4, 2, 32)
 inputs = make(case, torch.bfloat16)
