@@ -22,11 +22,10 @@ void few_forward(const Call& call, const Plan& plan, void* const* ys, void* cons
 template <class E>
 void tiles_forward(const Call& call, const Plan& plan, void* const* ys, void* const* hs);
 
-struct Grads {  // any of them may be null
-  void* dx;
-  double* dgates;
-  float* const* das;
-  float* const* dbs;
+struct Grads {
+  void* dx;  // or null
+  moe_lora_gradient dgates;
+  const moe_lora_gradient *das, *dbs;
 };
 template <class E>
 void tiles_backward(const Call& call, const Plan& plan, const moe_lora_rows* dys, const void* const* hs,

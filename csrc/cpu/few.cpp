@@ -1,9 +1,9 @@
 // The forward of few rows: the base reads the weight once, where it lies.
-#include <cmath>
 #include <cstring>
 #include <utility>
 
 #include "call.h"
+#include "round.h"
 #include "threads.h"
 
 namespace moe_lora {
@@ -42,13 +42,6 @@ struct Packed {
   }
 };
 
-void round_to(float value, float& out) { out = value; }
-void round_to(float value, bf16& out) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  out.bits = std::isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // From z [T, K, R] by places to h by picks; then s = gates · z, in its place.
 template <class E>
 void fold(const Call& call, const Plan& plan, const std::vector<float>& gates, float* z, E* h) {
@@ -57,7 +50,7 @@ void fold(const Call& call, const Plan& plan, const std::vector<float>& gates, f
   for (int64_t t = 0; t < T; ++t)
     for (int64_t k = 0; k < K; ++k)
       std::copy_n(z + (t * K + plan.places[plan.instance[t] * K + k]) * R, R, picks.data() + (t * K + k) * R);
-  for (int64_t i = 0; i < T * K * R; ++i) round_to(picks[i], h[i]);
+  round_to(picks.data(), T * K * R, h);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t k = 0; k < K; ++k) {
       const float gate = gates[plan.instance[t] * K + k], *from = picks.data() + (t * K + k) * R;

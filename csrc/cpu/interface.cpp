@@ -66,9 +66,12 @@ const char* moe_lora_forward(const moe_lora_call* call, int form, void* const* y
 }
 
 const char* moe_lora_backward(const moe_lora_call* call, const moe_lora_rows* dys, const void* const* hs, void* dx,
-                              double* dgates, float* const* das, float* const* dbs) {
+                              moe_lora_gradient dgates, const moe_lora_gradient* das, const moe_lora_gradient* dbs) {
   return guarded([&] {
     check(*call);
+    const auto fits = [](const moe_lora_gradient& to) { return !to.data || to.dtype != MOE_LORA_FP16; };
+    for (int64_t m = 0; m < call->count; ++m)
+      require(fits(dgates) && fits(das[m]) && fits(dbs[m]), "gradients are written as float, bf16 or double");
     const ThreadLimit limit(call->threads);
     const bool half = call->dtype == MOE_LORA_BF16;
     const Grads grads{dx, dgates, das, dbs};

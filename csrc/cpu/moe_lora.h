@@ -18,10 +18,10 @@ extern "C" {
 #endif
 
 // The number of this interface; callers compare it with the one that they were written for.
-enum { MOE_LORA_INTERFACE = 1 };
+enum { MOE_LORA_INTERFACE = 2 };
 
 // How a number is stored.
-enum { MOE_LORA_FLOAT = 0, MOE_LORA_BF16 = 1, MOE_LORA_FP16 = 2 };
+enum { MOE_LORA_FLOAT = 0, MOE_LORA_BF16 = 1, MOE_LORA_FP16 = 2, MOE_LORA_DOUBLE = 3 };
 
 // The two forms of the forward. FEW_ROWS is for at most moe_lora_few_rows() rows without dropout.
 enum { MOE_LORA_TILES = 0, MOE_LORA_FEW_ROWS = 1 };
@@ -75,11 +75,17 @@ typedef struct {
 // ys[m] [T, F] and hs[m] [T, K * R] are written, of the call's dtype.
 MOE_LORA_API const char* moe_lora_forward(const moe_lora_call* call, int form, void* const* ys, void* const* hs);
 
+typedef struct {  // adjacent elements, to be written; null if that gradient is not needed
+  void* data;
+  int64_t dtype;  // all but MOE_LORA_FP16
+} moe_lora_gradient;
+
 // dys[m] are rows [T, F], hs[m] what the forward gave, both of the call's dtype; biases are not looked at. Written are
-// dx [T, D] of that dtype, dgates [N, K], das[m] [used, D, R] and dbs[m] [used, R, F], where `used` are the experts that
-// moe_lora_used names. Each of these pointers may be null: that gradient is not computed.
+// dx [T, D] of that dtype if it is not null, dgates [N, K], das[m] [E, D, R] and dbs[m] [E, R, F], zeros for experts that
+// no instance uses.
 MOE_LORA_API const char* moe_lora_backward(const moe_lora_call* call, const moe_lora_rows* dys, const void* const* hs,
-                                           void* dx, double* dgates, float* const* das, float* const* dbs);
+                                           void* dx, moe_lora_gradient dgates, const moe_lora_gradient* das,
+                                           const moe_lora_gradient* dbs);
 
 // The experts in use, rising, at most min(E, N * K) of them, and their number.
 MOE_LORA_API const char* moe_lora_used(const moe_lora_routing* routing, int32_t* used, int64_t* count);

@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "call.h"
+#include "round.h"
 #include "threads.h"
 
 namespace moe_lora {
@@ -100,11 +101,48 @@ void run(const std::vector<Expand<E>>& jobs, const Plan& plan, bool summed) {
   });
 }
 
+// Where the sums of one parameter's experts in use go: to the gradient itself, if it is made of just those floats, else to
+// memory that write() rounds from.
+class Sums {
+ public:
+  Sums(const moe_lora_gradient& gradient, const Plan& plan, int64_t size)
+      : gradient(gradient), plan(plan), size(size), own(in_place() ? 0 : int64_t(plan.used.size()) * size) {}
+  float* data() const { return in_place() ? static_cast<float*>(gradient.data) : own.data(); }
+
+  void write() const {
+    switch (in_place() ? -1 : gradient.dtype) {
+      case MOE_LORA_FLOAT: return write_to(static_cast<float*>(gradient.data));
+      case MOE_LORA_BF16: return write_to(static_cast<bf16*>(gradient.data));
+      case MOE_LORA_DOUBLE: return write_to(static_cast<double*>(gradient.data));
+    }
+  }
+
+ private:
+  bool in_place() const { return gradient.dtype == MOE_LORA_FLOAT && int64_t(plan.used.size()) == plan.E; }
+
+  template <class G>
+  void write_to(G* to) const {
+    std::vector<int64_t> number(plan.E, -1);
+    for (size_t u = 0; u < plan.used.size(); ++u) number[plan.used[u]] = int64_t(u);
+    runs(plan.E, [&](int64_t e) {
+      if (number[e] < 0)
+        std::memset(static_cast<void*>(to + e * size), 0, size * sizeof(G));
+      else
+        round_to(own.data() + number[e] * size, size, to + e * size);
+    });
+  }
+
+  moe_lora_gradient gradient;
+  const Plan& plan;
+  int64_t size;
+  Buffer<float> own;
+};
+
 template <class E>
-Sum<E> sum_job(const Rows<E>& rows, const Buffer<E>& s, const Call& call, const Plan& plan, float* out) {
+Sum<E> sum_job(const Rows<E>& rows, const Buffer<E>& s, const Call& call, const Plan& plan, const Sums& sums) {
   Sum<E> job{};
   job.rows = rows.data, job.stride = rows.stride, job.columns = rows.columns;
-  job.s = s.data(), job.R = int(call.R), job.routes = plan.routes(), job.out = out;
+  job.s = s.data(), job.R = int(call.R), job.routes = plan.routes(), job.out = sums.data();
   return job;
 }
 
@@ -122,6 +160,35 @@ void run(const std::vector<Sum<E>>& jobs, const Plan& plan) {
 void sum_gates(const float* dgates, const Plan& plan, double* out) {
   for (int64_t t = 0, K = plan.K; t < plan.T; ++t)
     for (int64_t k = 0; k < K; ++k) out[plan.instance[t] * K + k] += dgates[t * K + k];
+}
+
+void write_gates(const std::vector<double>& sums, const Call& call, const moe_lora_gradient& gradient) {
+  const float scale = scale_of(call);
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const double sum = sums[i] * scale;
+    if (gradient.dtype == MOE_LORA_DOUBLE)
+      static_cast<double*>(gradient.data)[i] = sum;
+    else if (gradient.dtype == MOE_LORA_FLOAT)
+      static_cast<float*>(gradient.data)[i] = float(sum);
+    else
+      static_cast<bf16*>(gradient.data)[i] = as_bf16(float(sum));
+  }
+}
+
+// The gradients of all members' A, which share the rows.
+template <class E>
+void sum_a(const Call& call, const Plan& plan, const std::vector<Buffer<E>>& ss, const Mask& mask,
+           const moe_lora_gradient* das) {
+  std::vector<Sums> sums;
+  std::vector<Sum<E>> jobs;
+  for (int64_t m = 0; m < call.count; ++m) {
+    if (!das[m].data) continue;
+    sums.emplace_back(das[m], plan, call.D * call.R);
+    jobs.push_back(sum_job(rows_of<E>(call.x, call.D), ss[m], call, plan, sums.back()));
+    jobs.back().mask = mask, jobs.back().across = true;
+  }
+  run(jobs, plan);
+  for (const Sums& own : sums) own.write();
 }
 
 }  // namespace
@@ -155,13 +222,11 @@ void tiles_backward(const Call& call, const Plan& plan, const moe_lora_rows* dys
                     const Grads& grads) {
   const Mask mask = mask_of(call);
   const std::vector<float> gates = total_gates(call, plan);
-  const int64_t picks = call.routing.N * plan.K;
+  std::vector<double> gate_sums(call.routing.N * plan.K);
   const Buffer<float> dgates(plan.T * plan.K);
-  if (grads.dgates) std::fill_n(grads.dgates, picks, 0.0);
   std::vector<Buffer<E>> ss;
   std::vector<Buffer<uint32_t>> tiles;
   std::vector<Expand<E>> expands;
-  std::vector<Sum<E>> sums;
   for (int64_t m = 0; m < call.count; ++m) {
     const Member& member = call.members[m];
     const Rows<E> drows = rows_of<E>(dys[m], member.F);
@@ -173,19 +238,18 @@ void tiles_backward(const Call& call, const Plan& plan, const moe_lora_rows* dys
     job.tiles = tiles[m].data();
     job.kept = static_cast<const E*>(hs[m]), job.kept_s = kept_s.data(), job.dgates = dgates.data();
     run(&job, 1, plan);
-    if (grads.dgates) sum_gates(dgates.data(), plan, grads.dgates);
-    if (grads.dbs[m]) run<E>({sum_job(drows, kept_s, call, plan, grads.dbs[m])}, plan);
+    sum_gates(dgates.data(), plan, gate_sums.data());
+    if (grads.dbs[m].data) {
+      const Sums sums(grads.dbs[m], plan, call.R * member.F);
+      run<E>({sum_job(drows, kept_s, call, plan, sums)}, plan);
+      sums.write();
+    }
     expands.push_back(expand_job(drows, source(member.weight, false), a, ss[m], call, plan, grads.dx, call.D));
     expands[m].tiles = tiles[m].data(), expands[m].mask = mask;
   }
   if (grads.dx) run(expands, plan, true);
-  for (int64_t m = 0; m < call.count; ++m)
-    if (grads.das[m]) {
-      sums.push_back(sum_job(rows_of<E>(call.x, call.D), ss[m], call, plan, grads.das[m]));
-      sums.back().mask = mask, sums.back().across = true;
-    }
-  run(sums, plan);
-  for (int64_t i = 0; grads.dgates && i < picks; ++i) grads.dgates[i] *= scale_of(call);
+  if (grads.dgates.data) write_gates(gate_sums, call, grads.dgates);
+  sum_a(call, plan, ss, mask, grads.das);
 }
 
 #define INSTANTIATE(E)                                                                      \

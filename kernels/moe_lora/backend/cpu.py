@@ -19,8 +19,8 @@ from torch import Tensor
 from moe_lora.backend import installation
 from moe_lora.routing import Plan
 
-_INTERFACE = 1  # MOE_LORA_INTERFACE in moe_lora.h
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in moe_lora.h
+_INTERFACE = 2  # MOE_LORA_INTERFACE in moe_lora.h
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _C: Any = None
 _MISSING: str | None = None
@@ -35,6 +35,8 @@ except ImportError as error:
 else:
     if getattr(_C, "INTERFACE", 0) != _INTERFACE:
         _C, _MISSING = None, f"moe_lora._C was built from other sources; {installation.remedy()}"
+    else:
+        _C.set_dtypes(*_DTYPES, torch.float64, torch.int32)
 
 
 def unavailable() -> str | None:
@@ -48,7 +50,7 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
     """Why this backend cannot run this call."""
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in _CODES:
+    if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, not bfloat16, float16 or float32"
     if plan.dropout and x.numel() >= 1 << 33:
         return "dropout on 2**33 elements or more"
@@ -102,17 +104,22 @@ def forward_group(
     plan: Plan,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [..., F] and h [T, K·R] of each member."""
-    few = _few_rows(x, weights, plan)
-    call = _Call(x, weights, biases or [None] * len(weights), lora_as, lora_bs, plan, few)
-    ys = [torch.empty((call.T, weight.shape[0]), dtype=call.dtype) for weight in weights]
-    width = plan.experts.shape[1] * lora_as[0].shape[2]
-    hs = [torch.empty((call.T, width), dtype=call.dtype) for _ in weights]
-    if call.T:
-        _C.forward(*call.arguments, _C.FEW_ROWS if few else _C.TILES, _pointers(ys), _pointers(hs))
-    if call.dtype != x.dtype:
+    code, dtype = _arithmetic(x)
+    rows = _rows(x, dtype, lora_as[0])
+    seed = int(plan.seed) if plan.seed is not None else 0
+    form = _C.FEW_ROWS if _few_rows(x, weights, plan) else _C.TILES
+    new, lead, width = rows[0].new_empty, x.shape[:-1], plan.experts.shape[1] * lora_as[0].shape[2]
+    ys = [new(*lead, weight.shape[0]) for weight in weights]  # sizes one by one: a tuple takes twice as long
+    hs = [new(rows[1], width) for _ in weights]
+    if rows[1]:
+        first, last = (code, torch.get_num_threads(), rows), (seed, form, ys, hs)
+        if not _C.forward(*first, weights, biases or None, lora_as, lora_bs, False, plan, *last):
+            weights, lora_as, lora_bs, plan = _readable(rows, weights, lora_as, lora_bs, plan)
+            ready = [bias if bias is None else bias.to(dtype).contiguous() for bias in biases]
+            done = _C.forward(*first, weights, ready or None, lora_as, lora_bs, True, plan, *last)
+            assert done, "the kernels must be able to read copies"
+    if dtype != x.dtype:
         ys, hs = [y.to(x.dtype) for y in ys], [h.to(x.dtype) for h in hs]
-    if x.dim() != 2:
-        ys = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
     return ys, hs
 
 
@@ -133,23 +140,22 @@ def backward_group(
         inputs = (x, plan.gates, *parameters)
         dx, dgates, *rest = (_zeros(tensor) if need else None for tensor, need in zip(inputs, needs, strict=True))
         return dx, rest[:members], rest[members:], dgates
-    call = _Call(x, weights, [None] * members, lora_as, lora_bs, plan, False)
-    drows, kept = [_rows(dy, call.dtype) for dy in dys], [h.to(call.dtype).contiguous() for h in hs]
-    dx = torch.empty((call.T, x.shape[-1]), dtype=call.dtype) if needs[0] else None
-    dgates = torch.empty(plan.gates.shape, dtype=torch.float64) if needs[1] else None
-    most = min(lora_as[0].shape[0], plan.experts.numel())  # experts that can be in use
-    sums = [
-        torch.empty((most, *parameter.shape[1:]), dtype=torch.float32) if need else None
-        for parameter, need in zip(parameters, needs[2:], strict=True)
-    ]
-    dy_pointers = tuple((rows.data_ptr(), rows.stride(0)) for rows in drows)
-    das, dbs = _pointers(sums[:members]), _pointers(sums[members:])
-    _C.backward(*call.arguments, dy_pointers, _pointers(kept), _pointers([dx, dgates]), das, dbs)
-    used = _C.used(call.routing) if any(needs[2:]) else []
-    grads = [_spread(sum, parameter, used) for sum, parameter in zip(sums, parameters, strict=True)]
-    if dx is not None:
-        dx = dx.to(x.dtype).view(x.shape)
-    return dx, grads[:members], grads[members:], None if dgates is None else dgates.to(plan.gates.dtype)
+    code, dtype = _arithmetic(x)
+    rows = _rows(x, dtype, lora_as[0])
+    seed = int(plan.seed) if plan.seed is not None else 0
+    drows = [_rows(dy, dtype, lora_as[0]) for dy in dys]
+    kept = [h if h.dtype == dtype and h.is_contiguous() else h.to(dtype).contiguous() for h in hs]
+    dx = rows[0].new_empty(*x.shape) if needs[0] else None
+    inputs = (plan.gates, *parameters)
+    dgates, *grads = (_gradient(tensor) if need else None for tensor, need in zip(inputs, needs[1:], strict=True))
+    das, dbs = grads[:members], grads[members:]
+    first, last = (code, torch.get_num_threads(), rows), (seed, drows, kept, dx, dgates, das, dbs)
+    if not _C.backward(*first, weights, lora_as, lora_bs, False, plan, *last):
+        weights, lora_as, lora_bs, plan = _readable(rows, weights, lora_as, lora_bs, plan)
+        done = _C.backward(*first, weights, lora_as, lora_bs, True, plan, *last)
+        assert done, "the kernels must be able to read copies"
+    dx, dgates, *grads = map(_as, (dx, dgates, *das, *dbs), (x, *inputs))
+    return dx, grads[:members], grads[members:], dgates
 
 
 def threads() -> int:
@@ -157,81 +163,60 @@ def threads() -> int:
     return _C.threads(torch.get_num_threads())
 
 
-class _Call:
-    """The arguments of the C interface (`csrc/cpu/moe_lora.h`), and the tensors that they point to."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        lora_as: Sequence[Tensor],
-        lora_bs: Sequence[Tensor],
-        plan: Plan,
-        few: bool,
-    ):
-        (E, D, R), (N, K) = lora_as[0].shape, plan.experts.shape
-        self.dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and _C.has_bf16() else torch.float32
-        rows = _rows(x, self.dtype)
-        self.T = rows.shape[0]
-        gates = plan.gates if plan.gates.dtype == torch.float32 else plan.gates.float()
-        offsets = None if plan.offsets is None else plan.offsets.contiguous()
-        self.kept: list[Tensor | None] = [rows, gates, offsets]
-        pointer = 0 if offsets is None else offsets.data_ptr()
-        self.routing = (plan.experts.data_ptr(), *plan.experts.stride(), pointer, N, K, E, self.T)
-        members = []
-        for weight, bias, lora_a, lora_b in zip(weights, biases, lora_as, lora_bs, strict=True):
-            if 1 not in weight.stride():
-                weight = weight.contiguous()
-            if bias is not None:
-                bias = bias.to(self.dtype).contiguous()
-            self.kept += (weight, bias)
-            base = (weight.shape[0], weight.data_ptr(), *weight.stride(), _CODES[weight.dtype])
-            pointer = 0 if bias is None else bias.data_ptr()
-            members.append((*base, pointer, *self._experts(lora_a, few), *self._experts(lora_b, few)))
-        seed = 0
-        if plan.dropout:
-            assert plan.seed is not None, "dropout needs a seed"
-            seed = int(plan.seed)
-        first = (_CODES[self.dtype], torch.get_num_threads(), rows.data_ptr(), rows.stride(0), D, R)
-        gate_rows = (gates.data_ptr(), *gates.stride())
-        self.arguments = (first, tuple(members), self.routing, gate_rows, plan.scale, plan.dropout, seed)
-
-    def _experts(self, parameter: Tensor, last_adjacent: bool) -> tuple[int, ...]:
-        """The parameter where it lies, or a copy of the experts in use if its layout or dtype has no kernel."""
-        code, (_, rows, columns) = _CODES.get(parameter.dtype), parameter.stride()
-        in_place = code is not None and (columns == 1 or (rows == 1 and not last_adjacent))
-        if not in_place:
-            used = torch.tensor(_C.used(self.routing) if self.T else [])
-            parameter = parameter.index_select(0, used.long())
-            parameter = parameter.to(torch.float32 if code is None else parameter.dtype).contiguous()
-            self.kept.append(parameter)
-        return parameter.data_ptr(), *parameter.stride(), _CODES[parameter.dtype], not in_place
+def _arithmetic(x: Tensor) -> tuple[int, torch.dtype]:
+    """The type of rows and results inside the kernels: its code and torch's name."""
+    if x.dtype == torch.bfloat16 and _C.has_bf16():
+        return _C.BF16, torch.bfloat16
+    return _C.FLOAT, torch.float32
 
 
 def _few_rows(x: Tensor, weights: Sequence[Tensor], plan: Plan) -> bool:
     """Whether the forward reads the weights once, where they lie."""
-    return x.shape[:-1].numel() <= _C.few_rows and not plan.dropout and all(w.stride(1) == 1 for w in weights)
+    if plan.dropout or x.numel() > _C.few_rows * x.shape[-1]:
+        return False
+    return all(weight.stride()[1] == 1 for weight in weights)
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., D] as rows [T, D] with adjacent elements."""
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+def _rows(x: Tensor, dtype: torch.dtype, lora_a: Tensor) -> tuple[Tensor, int, int, int]:
+    """[..., D] as rows of adjacent elements: a tensor that holds them, their number, their distance; and E."""
+    D, E = x.shape[-1], lora_a.shape[0]
+    if x.dtype == dtype and x.is_contiguous():  # most calls; each operation of torch would take microseconds
+        return x, x.numel() // D, D, E
+    rows = x.reshape(-1, D).to(dtype)
+    if rows.stride(1) != 1 and D != 1:
+        rows = rows.contiguous()
+    return rows, rows.shape[0], rows.stride(0), E
+
+
+def _readable(
+    rows: tuple[Tensor, int, int, int],
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    plan: Plan,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Plan]:
+    """Copies for the kernels, where dtype or layout is none of theirs: of the parameters only the experts in use."""
+    offsets = None if plan.offsets is None else plan.offsets.contiguous()
+    plan = plan._replace(gates=plan.gates.float(), offsets=offsets)
+    used = torch.tensor(_C.used(plan, rows[3], rows[1]))
+    weights = [weight if 1 in weight.stride() else weight.contiguous() for weight in weights]
+    copies = []
+    for parameter in (*lora_as, *lora_bs):
+        copy = parameter.index_select(0, used)
+        copies.append(copy.to(copy.dtype if copy.dtype in _DTYPES else torch.float32).contiguous())
+    return weights, copies[: len(lora_as)], copies[len(lora_as) :], plan
+
+
+def _gradient(like: Tensor) -> Tensor:
+    """Memory for a gradient, in its tensor's dtype if the kernels write that."""
+    if like.dtype in (torch.float32, torch.bfloat16, torch.float64):
+        return like.new_empty(*like.shape)
+    return like.new_empty(*like.shape, dtype=torch.float32)
+
+
+def _as(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    return grad if grad is None or grad.dtype == like.dtype else grad.to(like.dtype)
 
 
 def _zeros(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=like.dtype)
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-
-
-def _spread(sums: Tensor | None, parameter: Tensor, used: list[int]) -> Tensor | None:
-    """The gradient of a parameter from the sums [used, ...] of its experts in use."""
-    if sums is None:
-        return None
-    if len(used) == parameter.shape[0]:
-        return sums.to(parameter.dtype)
-    return _zeros(parameter).index_copy_(0, torch.tensor(used), sums[: len(used)].to(parameter.dtype))
