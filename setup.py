@@ -1,6 +1,6 @@
 """Builds moe_lora._C from csrc/cpu and moe_lora._cuda from csrc/cuda; all else is in pyproject.toml.
 
-MOE_LORA_BUILD=auto  what the compilers at hand can build; what cannot be built only warns (default)
+MOE_LORA_BUILD=auto  moe_lora._C, and moe_lora._cuda where nvcc and an NVIDIA driver are; failures only warn (default)
 MOE_LORA_BUILD=none  nothing
 MOE_LORA_BUILD=cpu   moe_lora._C, or fail
 MOE_LORA_BUILD=cuda  both, or fail
@@ -42,7 +42,7 @@ def extensions() -> list[Extension]:
         raise SystemExit("csrc/cpu and csrc/cuda must hold the sources of the native kernels, found none")
     headers = sorted(map(str, Path("csrc/cpu").glob("*.h")))
     native = Extension("moe_lora._C", [*map(str, cpu)], depends=headers, extra_compile_args=FLAGS, language="c++")
-    if MODE == "cuda" or (MODE == "auto" and nvcc()):
+    if MODE == "cuda" or (MODE == "auto" and nvcc() and Path("/proc/driver/nvidia").exists()):
         return [native, Extension("moe_lora._cuda", [str(cuda)])]
     return [native]
 
