@@ -1,5 +1,9 @@
-"""The command `octavius`."""
+"""The command `octavius`.
 
+Commands import what they need when they run: torch and transformers take seconds, `octavius --help` none of them.
+"""
+
+import importlib.metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -9,30 +13,43 @@ from rich.markup import escape
 from rich.table import Table
 
 from octavius.assets import registry
-from octavius.config import load_config
-from octavius.data.loading import load_data
-from octavius.demo import demo as run_demo
-from octavius.evaluation.answering import Plan, answer_file, parse_shard
-from octavius.evaluation.benchmarks import BENCHMARKS
-from octavius.evaluation.evaluate import exchange_images, load_benchmarks, read_answers
-from octavius.evaluation.scoring import score
-from octavius.model.octavius import Octavius
-from octavius.points.pointbert import PRESETS as POINT_PRESETS
-from octavius.points.pointbert import default_folder
-from octavius.points.proposals import read_boxes
-from octavius.report.tables import pretrain_table, score_table
-from octavius.session import Scan
-from octavius.session import chat as ask
-from octavius.training.point_encoder import PretrainConfig, pretrain
-from octavius.training.train import train as run_train
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or a preset: demo, mini-2d+3d, octavius-2d.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, wins over the file. May be repeated.")
 ]
 Checkpoint = Annotated[Path, typer.Option("--model", help="A folder that training wrote.")]
+
+
+def show_version(shown: bool) -> None:
+    """Print the version and stop."""
+    if shown:
+        try:
+            console.print(importlib.metadata.version("octavius-moe-lora"), highlight=False)
+        except importlib.metadata.PackageNotFoundError:
+            import moe_lora
+
+            console.print(moe_lora.__version__, highlight=False)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train, ask and score a multimodal model with experts."""
+
+
+def check_files(**files: Path | None) -> None:
+    """Refuse a file that is not there, before a model is loaded for it."""
+    for option, file in files.items():
+        if file is not None and not file.is_file():
+            wanted = "a readable image" if option == "image" else "a readable file"
+            raise ValueError(f"{option} must be {wanted}, got {file}: there is no such file")
 
 
 @app.command("assets")
@@ -45,6 +62,9 @@ def assets_command(names: Annotated[list[str] | None, typer.Argument(help="Which
 @app.command()
 def train(config: ConfigOption, settings: Settings = None, resume: bool = False) -> None:
     """Train a model."""
+    from octavius.config import load_config
+    from octavius.training.train import train as run_train
+
     parsed = load_config(config, settings)
     _, report = run_train(parsed, resume)
     console.print(
@@ -66,6 +86,12 @@ def chat(
     """Ask about an image or a point cloud; prints the answer and the experts that gave it."""
     if (image is None) == (points is None):
         raise ValueError("give either --image or --points")
+    check_files(image=image, points=points, boxes=boxes)
+    from octavius.model.octavius import Octavius
+    from octavius.points.proposals import read_boxes
+    from octavius.session import Scan
+    from octavius.session import chat as ask
+
     seen = image or Scan(points, unit, read_boxes(boxes) if boxes else None, draw)  # type: ignore[arg-type]
     answer, experts = ask(Octavius.from_folder(model), seen, question, task)
     console.print(answer, markup=False)
@@ -95,6 +121,14 @@ def evaluate_command(
         return
     if bool(config) == bool(benchmark):
         raise ValueError("eval needs either --benchmark NAME or --config CONFIG; eval --list names the benchmarks")
+    from octavius.config import load_config
+    from octavius.data.loading import load_data
+    from octavius.evaluation.answering import Plan, answer_file, parse_shard
+    from octavius.evaluation.evaluate import exchange_images, load_benchmarks, read_answers
+    from octavius.evaluation.scoring import score
+    from octavius.model.octavius import Octavius
+    from octavius.report.tables import score_table
+
     loaded = Octavius.from_folder(model)
     if config:
         records, stores = load_data(load_config(config, settings).data, file, **loaded.readers())
@@ -114,6 +148,10 @@ def evaluate_command(
 @app.command("score")
 def score_command(files: Annotated[list[Path], typer.Argument(help="Files of answers that eval wrote.")]) -> None:
     """Score written answers anew, without the model."""
+    from octavius.evaluation.evaluate import read_answers
+    from octavius.evaluation.scoring import score
+    from octavius.report.tables import score_table
+
     console.print(score_table({"scores": {"moe": score(read_answers(files))}}))
 
 
@@ -121,13 +159,18 @@ def score_command(files: Annotated[list[Path], typer.Argument(help="Files of ans
 def pretrain_points(
     output: Annotated[Path | None, typer.Option(help="A folder; by default the cache's, where models look.")] = None,
     preset: Annotated[str, typer.Option(help="small, or ulip: the paper's sizes.")] = "small",
-    steps: int = PretrainConfig.steps,
+    steps: Annotated[int | None, typer.Option(help="Training steps; by default as many as the encoder needs.")] = None,
     seed: int = 0,
 ) -> None:
     """Train the point encoder on furniture models against text and images, and score it on held-out models."""
-    if preset not in POINT_PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(POINT_PRESETS)}, got {preset!r}")
+    from octavius.points.pointbert import PRESETS, default_folder
+    from octavius.report.tables import pretrain_table
+    from octavius.training.point_encoder import PretrainConfig, pretrain
+
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     folder = output or default_folder(preset)
+    steps = PretrainConfig.steps if steps is None else steps
     report = pretrain(folder, PretrainConfig(preset=preset, steps=steps, seed=seed))
     took = f"{report['all_seconds']:.0f} s, {report['seconds']:.0f} of them training"
     console.print(pretrain_table(report), f"encoder in {folder}, {took}")
@@ -138,12 +181,18 @@ def demo(
     config: ConfigOption = "demo", settings: Settings = None, resume: bool = False, baseline: bool = False
 ) -> None:
     """Train, route, answer, score: the whole job, with a report to look at."""
+    from octavius.config import load_config
+    from octavius.demo import demo as run_demo
+    from octavius.report.tables import score_table
+
     metrics = run_demo(load_config(config, settings), resume, baseline)
     console.print(score_table(metrics), score_table(metrics, "zeroshot"))
 
 
 def benchmark_table() -> Table:
     """Every benchmark with its title, main metric and data; one that cannot be loaded, with the reason."""
+    from octavius.evaluation.benchmarks import BENCHMARKS
+
     table = Table("benchmark", "title", "metric", "data")
     for name in BENCHMARKS:
         try:
@@ -157,7 +206,7 @@ def benchmark_table() -> Table:
 def main() -> None:
     """Run the command; a user's mistake ends in one line, not in a traceback."""
     try:
-        app()
+        app(prog_name="octavius")
     except (ValueError, OSError, registry.DamagedError) as error:  # OSError: files, and transformers' unknown models
         text = escape(" ".join(str(error).split()))
         Console(stderr=True).print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import moe_lora
 import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+import octavius
 from octavius import cli
 from octavius.config import Config
 from octavius.data.loading import load_data
@@ -103,7 +105,15 @@ MISTAKES = {
     "tower": (["train", "--config", "{file}", "--set", "model.tower={llm}"], "tower must be EfficientNet-Lite0 or a"),
     "output": (["train", "--config", "{file}", "--set", "train.output={file}/x"], "run.yaml"),
     "question": (["chat", "--model", "{out}", "--image", "{image}", " "], "question must be a text"),
-    "image": (["chat", "--model", "{out}", "--image", "none.png", "Who?"], "readable image, got none.png"),
+    "image": (["chat", "--model", "none", "--image", "none.png", "Who?"], "readable image, got none.png"),
+    "points": (
+        ["chat", "--model", "none", "--points", "none.ply", "Who?"],
+        "points must be a readable file, got none.ply",
+    ),
+    "boxes": (
+        ["chat", "--model", "none", "--points", "{image}", "--boxes", "no.npy", "Who?"],
+        "boxes must be a readable",
+    ),
     "no-image": (["chat", "--model", "{out}", "--image", "{file}", "Who?"], "readable image, got"),
     "model": (["chat", "--model", "{llm}", "--image", "{image}", "Who?"], "must be a folder that training wrote"),
     "asset": (["assets", "nosuch"], "asset must be one of"),
@@ -121,8 +131,56 @@ def test_mistake_ends_in_one_line(run, parts, monkeypatch, capsys, name):
     assert end.value.code == 1 and len(lines) == 1 and message in lines[0]
 
 
+LIGHT = """
+import sys
+from octavius import cli
+try:
+    cli.app({arguments})
+except SystemExit as end:
+    print("loaded:", sorted({{"torch", "transformers", "moe_lora", "octavius.config"}} & set(sys.modules)), end.code)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]], ids=str)
+def test_help_and_version_load_no_torch(arguments):
+    done = subprocess.run([sys.executable, "-c", LIGHT.format(arguments=arguments)], capture_output=True, text=True)
+    assert "loaded: [] 0" in done.stdout, done.stdout + done.stderr
+
+
+def test_version_is_the_packages():
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert done.exit_code == 0 and done.output.strip() == octavius.__version__ == moe_lora.__version__
+
+
+def test_a_missing_file_is_reported_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("octavius.model.octavius.Octavius.from_folder", lambda folder: pytest.fail("it was loaded"))
+    for given in (["--image", "no.png"], ["--points", "no.ply"], ["--points", __file__, "--boxes", "no.npy"]):
+        done = CliRunner().invoke(cli.app, ["chat", "What?", *given])
+        assert done.exit_code == 1 and "there is no such file" in str(done.exception)
+
+
+def test_top_of_the_package_offers_its_parts_lazily():
+    code = "import sys, octavius; assert 'torch' not in sys.modules and 'train' in dir(octavius); octavius.load_config"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(octavius.__all__) == {"Octavius", "load_config", "train", "evaluate", "chat"}
+    for name in octavius.__all__:
+        assert callable(getattr(octavius, name))
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        octavius.trian  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["typer", "transformers", "yaml"])
+def test_without_its_extra_the_script_names_it_in_one_line(package):
+    code = f"import sys; sys.modules[{package!r}] = None; sys.argv = {['octavius', 'train', '--config', 'demo']}; "
+    code += "from octavius.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(f"error: {package} is not installed; run: ")
+    assert "[octavius]" in line
+
+
 def test_process_ends_with_exit_code_1_and_no_traceback(run):
-    command = [sys.executable, "-m", "octavius.cli", "train", "--config", str(run[0]), "--set", "model.llmm=x"]
+    command = [sys.executable, "-m", "octavius", "train", "--config", str(run[0]), "--set", "model.llmm=x"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "did you mean 'llm'" in done.stderr
