@@ -33,6 +33,7 @@ FLOORS = {  # lowest first
         ("training", "evaluation", "report"),
         ("launch", "experiments", "serve", "session", "demo"),
         ("cli",),
+        ("__main__",),
     ),
 }
 ROOTS = {"moe_lora": ROOT / "kernels/moe_lora", "octavius": ROOT / "octavius"}
@@ -40,8 +41,12 @@ FILES = [(package, path) for package, root in ROOTS.items() for path in sorted(r
 
 
 def imported(path):
-    """Dotted names of what a file imports, of names from a package too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Dotted names of what a file imports when it runs, of names from a package too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for block in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
+        if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+            block.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
