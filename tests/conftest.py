@@ -1,4 +1,8 @@
-"""Fixtures that know nothing of what they test."""
+"""Fixtures that know nothing of what they test. "auto" goes by its rule, untimed, unless a test says otherwise."""
+
+import os
+
+os.environ.setdefault("MOE_LORA_BACKEND", "rule")  # also in the processes that tests start
 
 import pytest
 import torch

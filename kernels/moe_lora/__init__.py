@@ -9,11 +9,12 @@ which an `InstanceGate` makes; `save` and `load` keep the experts in a folder. `
 and `mutual_information` are for training the gate and for seeing what it does.
 By itself: `MoELoRALinear` is the layer, `linear` the op, `linear_group` the op for several linears of one x.
 What runs: `backends` and `explain` tell, and `python -m moe_lora` checks every backend on this machine. The environment
-variable MOE_LORA_BACKEND names the backend that "auto" takes; `share_choices` has several ranks choose alike.
+variable MOE_LORA_BACKEND names the backend that "auto" takes; "rule" switches timing off. `register_backend` adds one;
+`share_choices` has several ranks choose alike.
 """
 
-from moe_lora.backend.autotune import share_choices
-from moe_lora.backend.dispatch import backends, explain
+from moe_lora.backend.autotune import export_choices, import_choices, share_choices
+from moe_lora.backend.dispatch import backends, explain, register_backend
 from moe_lora.checkpoint import load, save
 from moe_lora.config import MoELoRAConfig
 from moe_lora.context import route
@@ -35,11 +36,14 @@ __all__ = [
     "backends",
     "expert_share",
     "explain",
+    "export_choices",
+    "import_choices",
     "linear",
     "linear_group",
     "load",
     "load_balancing_loss",
     "mutual_information",
+    "register_backend",
     "route",
     "save",
     "share_choices",

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from moe_lora.backend import autotune
-from moe_lora.backend.dispatch import backends, explain, forms
+from moe_lora.backend.dispatch import backends, explain, forms_of
 from moe_lora.ops import linear
 from moe_lora.routing import Plan, Routing
 from moe_lora.verify import CASES, Case, errors, make
@@ -58,7 +58,7 @@ def _report(backend: str, device: str, dtype: torch.dtype, case: Case) -> Iterat
         yield "refused"
         return
     plan = Plan(routing.experts, routing.gates, routing.offsets, 1.0, case.dropout, inputs.seed)
-    for form in forms(backend, inputs.x, inputs.weight, inputs.lora_a, plan):
+    for form in forms_of(backend, inputs.x, inputs.weight, inputs.lora_a, plan):
         prefix = f"{form:<13} {suffix}"
         try:
             found = errors(case, inputs, form)

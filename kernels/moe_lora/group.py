@@ -2,8 +2,8 @@
 
     y_{m,t} = x_t W_mᵀ + bias_m + s Σ_k g_{i,k} drop(x_t) A_{m,e(i,k)} B_{m,e(i,k)},  m a member of the group
 
-A backend with `forward_group` reads and drops x once for all members, and makes dx as one sum; where none pays, each
-member runs by its own choice.
+A backend that takes the group reads and drops x once for all members, and makes dx as one sum; where that does not
+pay, each member runs by its own choice.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lora import ops
-from moe_lora.backend import dispatch
+from moe_lora.backend import run
 from moe_lora.dropout import as_seed
-from moe_lora.ops import autocast_dtype, check
+from moe_lora.ops import autocast_dtype, check, no_autocast
 from moe_lora.routing import Plan, Routing
 
 _LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
@@ -76,70 +75,21 @@ def linear_group(
 
 def _forward(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed, backend):
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
-    lists = (weights, biases, lora_as, lora_bs)
-
-    def attempt(candidate: dispatch.Candidate | None):
-        if candidate is not None:
-            return candidate.run("forward_group", x, *lists, plan)
-        return tuple(
-            zip(*(ops._forward(x, *member, *plan, backend) for member in zip(*lists, strict=True)), strict=True)
-        )
-
-    def wrong(outputs):
-        ys, hs = outputs
-        T = x.shape[:-1].numel()
-        for y, h, weight, a in zip(ys, hs, weights, lora_as, strict=True):
-            reason = ops.not_like(y, (*x.shape[:-1], weight.shape[0]), x.dtype, "y")
-            reason = reason or ops.not_like(h, (T, experts.shape[1] * a.shape[2]), x.dtype, "h")
-            if reason:
-                return reason
-        return None
-
-    with ops.no_autocast(x):
-        ys, hs = dispatch.run_group(backend, x, weights, lora_as, plan, None, attempt, wrong)
-    return list(ys), list(hs)
+    with no_autocast(x):
+        return run.forward(backend, x, weights, biases, lora_as, lora_bs, plan)
 
 
 def _backward(
     dys, x, weights, lora_as, lora_bs, hs, experts, gates, offsets, scale, dropout, seed, backend, needs
 ):  # the schema's order
-    plan, members = Plan(experts, gates, offsets, scale, dropout, seed), len(weights)
-    need_dx, need_dgates, need_das, need_dbs = needs[0], needs[1], needs[2 : 2 + members], needs[2 + members :]
-    lists = (dys, weights, lora_as, lora_bs, hs)
-
-    def attempt(candidate: dispatch.Candidate | None):
-        if candidate is not None:
-            return candidate.run("backward_group", dys, x, *lists[1:], plan, needs)
-        found = []
-        for dy, weight, a, b, h, need_da, need_db in zip(*lists, need_das, need_dbs, strict=True):
-            wanted = [need_dx, need_da, need_db, need_dgates]
-            grads = ops._backward(dy, x, weight, a, b, h, *plan, backend, wanted)
-            found.append([grad if need else None for grad, need in zip(grads, wanted, strict=True)])
-        dxs, das, dbs, dgates = zip(*found, strict=True)
-        return _sum(dxs), das, dbs, _sum(dgates)
-
-    def wrong(grads):
-        dx, das, dbs, dgates = grads
-        inputs = {"dx": x, "dgates": gates}
-        inputs |= {f"dA{m}": a for m, a in enumerate(lora_as)} | {f"dB{m}": b for m, b in enumerate(lora_bs)}
-        return ops.grads_not_like((dx, dgates, *das, *dbs), inputs, needs)
-
-    with ops.no_autocast(x):
-        grads = dispatch.run_group(backend, x, weights, lora_as, plan, tuple(needs), attempt, wrong)
-    dx, das, dbs, dgates = grads
+    plan = Plan(experts, gates, offsets, scale, dropout, seed)
+    with no_autocast(x):
+        dx, das, dbs, dgates = run.backward(backend, dys, x, weights, lora_as, lora_bs, hs, plan, needs)
 
     def filled(grad: Tensor | None) -> Tensor:
         return x.new_empty(0) if grad is None else grad
 
     return filled(dx), [filled(da) for da in das], [filled(db) for db in dbs], filled(dgates)
-
-
-def _sum(grads: Sequence[Tensor | None]) -> Tensor | None:
-    total = grads[0]
-    for grad in grads[1:]:
-        if total is not None and grad is not None:
-            total += grad
-    return total
 
 
 def _fake_forward(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed, backend):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lora.backend import dispatch
+from moe_lora.backend import run
 from moe_lora.dropout import as_seed
 from moe_lora.routing import Plan, Routing
 
@@ -116,51 +116,18 @@ def check(
 
 def _forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
-
-    def attempt(candidate):
-        return candidate.run("forward", x, weight, bias, lora_a, lora_b, plan)
-
-    def wrong(outputs):
-        y, h = outputs
-        T, KR = x.shape[:-1].numel(), experts.shape[1] * lora_a.shape[2]
-        return not_like(y, (*x.shape[:-1], weight.shape[0]), x.dtype, "y") or not_like(h, (T, KR), x.dtype, "h")
-
     with no_autocast(x):
-        return dispatch.run(backend, dispatch.Request(x, weight, lora_a, plan), attempt, wrong)
+        (y,), (h,) = run.forward(backend, x, [weight], [bias], [lora_a], [lora_b], plan)
+    return y, h
 
 
 def _backward(
     dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs
 ):  # the schema's order
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
-
-    def attempt(candidate):
-        return candidate.run("backward", dy, x, weight, lora_a, lora_b, h, plan, needs)
-
-    def wrong(grads):
-        return grads_not_like(grads, {"dx": x, "dA": lora_a, "dB": lora_b, "dgates": gates}, needs)
-
     with no_autocast(x):
-        request = dispatch.Request(x, weight, lora_a, plan, tuple(needs))
-        grads = dispatch.run(backend, request, attempt, wrong)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def not_like(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> str | None:
-    """What is wrong with a tensor that a backend returned."""
-    if isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype == dtype:
-        return None
-    got = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-    return f"{name} that must be {tuple(shape)} {dtype}, got {got}"
-
-
-def grads_not_like(grads: Any, inputs: dict[str, Tensor], needs: Any) -> str | None:
-    """What is wrong with the gradients of these inputs, of which `needs` were wanted."""
-    if len(grads) != len(inputs):
-        return f"{len(grads)} gradients, not {len(inputs)}"
-    wanted = [item for item, need in zip(zip(grads, inputs.items(), strict=True), needs, strict=True) if need]
-    reasons = (not_like(grad, tuple(tensor.shape), tensor.dtype, name) for grad, (name, tensor) in wanted)
-    return next(filter(None, reasons), None)
+        dx, (da,), (db,), dgates = run.backward(backend, [dy], x, [weight], [lora_a], [lora_b], [h], plan, needs)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, da, db, dgates))
 
 
 def _fake_forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):
@@ -171,10 +138,10 @@ def _fake_forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scal
 
 
 def _fake_backward(dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs):
-    inputs = (x, lora_a, lora_b, gates)
+    inputs = ((x, needs[0]), (lora_a, needs[2]), (lora_b, needs[3]), (gates, needs[1]))
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for tensor, need in zip(inputs, needs, strict=True)
+        for tensor, need in inputs
     )
 
 
@@ -187,11 +154,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _autograd(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple:
     x, weight, lora_a, lora_b, h, experts, gates, offsets, seed = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[3], wanted[4], wanted[6]]  # x, lora_a, lora_b, gates
+    needs = [wanted[0], wanted[6], wanted[3], wanted[4]]  # of x, the gates, A, B
     grads = torch.ops.moe_lora.linear_backward(
         dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, ctx.scale, ctx.dropout, seed, ctx.backend, needs
     )
-    dx, da, db, dgates = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    dx, da, db, dgates = (grad if wanted[i] else None for grad, i in zip(grads, (0, 3, 4, 6), strict=True))
     return dx, None, None, da, db, None, dgates, None, None, None, None, None
 
 

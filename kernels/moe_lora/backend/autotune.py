@@ -2,20 +2,25 @@
 
 The file, `moe_lora/choices.json` in the user's cache folder, has for each device and set of versions the times in
 milliseconds of each bucket's candidates, or the reason why one cannot run it. It may be copied to other machines of the
-same kind. On a GPU the table has each bucket twice: as the host launches it, and replayed from a CUDA graph, which is
-what a call takes while a graph is captured. Nothing is timed during a capture.
+same kind. Timing a bucket costs, once, three runs of every candidate, and five more of those within 1.5 times of the
+fastest: its first call takes about as long as ten to twenty later ones. On a GPU the table has each bucket twice: as
+the host launches it, and replayed from a CUDA graph, which is what a call takes while a graph is captured. Nothing is
+timed during a capture.
 
 Of several ranks each chooses by the table that they have agreed on, and by rule what that table does not have, so that
 all choose alike; `share_choices` is where they agree. What a rank meets and the table lacks it times for itself, for
-the next `share_choices`. No layer's call waits for another rank.
+the next `share_choices`. No layer's call waits for another rank. `export_choices` and `import_choices` carry a run's
+choices to its continuation, on whatever machine.
 """
 
 import json
 import os
+import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +32,7 @@ from torch import Tensor
 
 from moe_lora.routing import Plan
 
-_WARM_UP, _ROUNDS = 2, 7
+_WARM_UP, _ROUNDS, _CLOSE = 2, 5, 1.5
 _REPLAYED = "-replayed"
 _REASON_LENGTH = 200
 Times = dict[str, float | str]  # milliseconds of each candidate, or why it cannot run
@@ -41,6 +46,8 @@ class State:
     measured: Tables = field(default_factory=dict)
     agreed: Tables = field(default_factory=dict)
     failed: Tables = field(default_factory=dict)  # of this process, whether or not anything is timed
+    fixed: dict[str, str] = field(default_factory=dict)  # bucket -> candidate, of `import_choices`
+    used: dict[str, str] = field(default_factory=dict)  # bucket -> candidate, of this process
     read: bool = False
     changes: int = 0
 
@@ -48,22 +55,27 @@ class State:
 _state = State()
 
 
-def bucket(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None) -> str:
-    """Calls of one name share a choice: rows and rows an instance rounded up to powers of two, all else equal.
+def bucket(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan, needs: Sequence[bool] | None = None
+) -> str:
+    """Name of the calls that share a choice: rows and rows an instance rounded up to powers of two, all else equal.
 
-    `needs`, for a backward, says which gradients are wanted.
+    `needs`, for a backward, says which gradients are wanted: of x, the gates, each A, each B.
     """
-    (F, D), (E, _, R), (N, K) = weight.shape, lora_a.shape, plan.experts.shape
+    (E, D, _), (N, K) = lora_as[0].shape, plan.experts.shape
     T = x.shape[:-1].numel()
-    what = "forward" if needs is None else "backward-" + "".join(str(int(need)) for need in needs)
+    phase = "forward" if needs is None else "backward-" + "".join(str(int(need)) for need in needs)
     rows = f"T{_power_of_2(T)}-L{_power_of_2(T // max(N, 1))}{'-packed' if plan.offsets is not None else ''}"
-    dtypes = f"{str(x.dtype).removeprefix('torch.')}-{str(lora_a.dtype).removeprefix('torch.')}"
-    return f"{what}-{rows}-D{D}-F{F}-E{E}-K{K}-R{R}-{dtypes}{'-dropout' if plan.dropout else ''}"
+    widths = "+".join(str(weight.shape[0]) for weight in weights)
+    ranks = "+".join(dict.fromkeys(str(lora_a.shape[2]) for lora_a in lora_as))
+    dtypes = "-".join(str(tensor.dtype).removeprefix("torch.") for tensor in (x, weights[0], lora_as[0]))
+    extra = f"{'-dropout' if plan.dropout else ''}{'' if weights[0].stride(1) == 1 else '-transposed'}"
+    return f"{phase}-{rows}-D{D}-F{widths}-E{E}-K{K}-R{ranks}-{dtypes}{extra}"
 
 
 def applies(device: torch.device) -> bool:
     """Whether the choice for this device goes by time."""
-    return device.type == "cuda"
+    return device.type in ("cuda", "cpu")
 
 
 def may_time(device: torch.device) -> bool:
@@ -78,7 +90,38 @@ def capturing(device: torch.device) -> bool:
 
 def generation(device: torch.device) -> object:
     """Changes whenever the answers of this module for a device may."""
-    return id(_state), _state.changes, capturing(device)
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return id(_state), _state.changes, capturing(device), threads
+
+
+def fixed(name: str, candidates: Sequence[str]) -> str | None:
+    """The candidate of an earlier run that this one continues, if it is among these."""
+    candidate = _state.fixed.get(name)
+    return candidate if candidate in candidates else None
+
+
+def use(name: str, candidate: str) -> None:
+    """Note what a bucket's calls run, for `export_choices`."""
+    _state.used[name] = candidate
+
+
+def export_choices() -> dict[str, str]:
+    """The candidates that this process ran, by bucket of shapes, to be saved with a run."""
+    return dict(_state.used)
+
+
+def import_choices(choices: dict[str, str]) -> None:
+    """Fix the candidates of a run that is continued, so that the same inputs give the same bits.
+
+    Args:
+        choices: what `export_choices` returned. A candidate that cannot run a call here is passed over.
+    Raises:
+        TypeError: choices is no dict of strings.
+    """
+    if not isinstance(choices, dict) or not all(isinstance(text, str) for item in choices.items() for text in item):
+        raise TypeError(f"choices must be a dict of bucket -> candidate, got {choices!r:.80}")
+    _state.fixed.update(choices)
+    _state.changes += 1
 
 
 def known(name: str, device: torch.device, candidates: Sequence[str]) -> dict[str, float] | None:
@@ -134,11 +177,14 @@ def time_all(
 
 
 def _medians(runs: dict[str, Any], clock: Callable[[Any], float]) -> Times:
-    found: dict[str, list[float]] = {one: [] for one in runs}
-    for _ in range(_ROUNDS):
-        for one, run in runs.items():
-            found[one].append(clock(run))
-    return {one: round(statistics.median(times), 5) for one, times in found.items()}
+    """Medians over rounds in which the candidates take turns; of one that is far from the fastest, its one time."""
+    samples = {candidate: [clock(run)] for candidate, run in runs.items()}
+    limit = _CLOSE * min((first for (first,) in samples.values()), default=0.0)
+    close = [candidate for candidate, (first,) in samples.items() if first <= limit]
+    for _ in range(_ROUNDS if len(close) > 1 else 0):
+        for candidate in close:
+            samples[candidate].append(clock(runs[candidate]))
+    return {candidate: round(statistics.median(times), 5) for candidate, times in samples.items()}
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
@@ -230,10 +276,22 @@ def _record(name: str, device: torch.device, times: Times) -> None:
     _state.changes += 1
 
 
-@cache
 def _machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return _machine_of(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+@cache
+def _machine_of(device: torch.device, threads: int) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {threads} threads"
     return f"{name}, torch {torch.__version__}, triton {_version('triton')}, moe_lora {_version('octavius-moe-lora')}"
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
@@ -246,7 +304,7 @@ def _version(package: str) -> str:
 def _read() -> Tables:
     try:
         return json.loads(path().read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):
         return {}
 
 
@@ -255,6 +313,11 @@ def _write() -> None:
     merged = _read()
     for machine, table in _tables("measured").items():
         merged.setdefault(machine, {}).update(table)
+    with suppress(OSError):  # a full or read-only disk costs the timing at the next start, nothing else
+        _replace(merged)
+
+
+def _replace(merged: Tables) -> None:
     path().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path().parent, suffix=".tmp", delete=False) as file:
         json.dump(merged, file, indent=1, sort_keys=True)

@@ -46,7 +46,7 @@ def unavailable() -> str | None:
     return None if _C.instructions() else "the processor has none of the instruction sets of moe_lora._C"
 
 
-def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None:
+def refuses(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
     """Why this backend cannot run this call."""
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
@@ -54,65 +54,43 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
         return f"x is {x.dtype}, not bfloat16, float16 or float32"
     if plan.dropout and x.numel() >= 1 << 33:
         return "dropout on 2**33 elements or more"
+    if len({(lora_a.shape[0], lora_a.shape[2]) for lora_a in lora_as}) > 1:
+        return "the members differ in E or R"
     return None
 
 
-def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
+def describe(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan, form: str) -> tuple[str, str]:
     """The kernel that would run, and why."""
     T, most = x.shape[:-1].numel(), _C.few_rows
     reasons = {
         f"T = {T} > {most}": most < T,
         "dropout": bool(plan.dropout),
-        "the weight is transposed": weight.stride(1) != 1,
+        "a weight is transposed": any(weight.stride(1) != 1 for weight in weights),
     }
     against = [reason for reason, holds in reasons.items() if holds]
     name = "tiles" if against else "few_rows"
     return f"{name} ({_C.instructions()})", " and ".join(against) or f"T = {T} <= {most}"
 
 
-def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
-    """Why these linears of one x cannot run together."""
-    if len({(lora_a.shape[0], lora_a.shape[2]) for lora_a in lora_as}) > 1:
-        return "the members differ in E or R"
-    return None
-
-
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
-    (y,), (h,) = forward_group(x, [weight], [bias], [lora_a], [lora_b], plan)
-    return y, h
-
-
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, h: Tensor, plan: Plan, needs: list[bool]
-) -> list[Tensor | None]:
-    """dx, dA, dB and dgates, each in its tensor's dtype, or None where `needs` says so."""
-    need_dx, need_da, need_db, need_dgates = needs
-    needs = [need_dx, need_dgates, need_da, need_db]
-    dx, (da,), (db,), dgates = backward_group([dy], x, [weight], [lora_a], [lora_b], [h], plan, needs)
-    return [dx, da, db, dgates]
-
-
-def forward_group(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     plan: Plan,
+    form: str = "",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [..., F] and h [T, K·R] of each member."""
     code, dtype = _arithmetic(x)
     rows = _rows(x, dtype, lora_as[0])
     seed = int(plan.seed) if plan.seed is not None else 0
-    form = _C.FEW_ROWS if _few_rows(x, weights, plan) else _C.TILES
+    kernel = _C.FEW_ROWS if _few_rows(x, weights, plan) else _C.TILES
     new, lead, width = rows[0].new_empty, x.shape[:-1], plan.experts.shape[1] * lora_as[0].shape[2]
     ys = [new(*lead, weight.shape[0]) for weight in weights]  # sizes one by one: a tuple takes twice as long
     hs = [new(rows[1], width) for _ in weights]
     if rows[1]:
-        first, last = (code, torch.get_num_threads(), rows), (seed, form, ys, hs)
+        first, last = (code, torch.get_num_threads(), rows), (seed, kernel, ys, hs)
         if not _C.forward(*first, weights, biases or None, lora_as, lora_bs, False, plan, *last):
             weights, lora_as, lora_bs, plan = _readable(rows, weights, lora_as, lora_bs, plan)
             ready = [bias if bias is None else bias.to(dtype).contiguous() for bias in biases]
@@ -123,7 +101,7 @@ def forward_group(
     return ys, hs
 
 
-def backward_group(
+def backward(
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
@@ -132,6 +110,7 @@ def backward_group(
     hs: Sequence[Tensor],
     plan: Plan,
     needs: Sequence[bool],
+    form: str = "",
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
     """dx, dA and dB of each member, dgates; None where `needs` (of x, the gates, each A, each B) says so."""
     members = len(weights)

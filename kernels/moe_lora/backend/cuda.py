@@ -7,6 +7,7 @@ buffers are PyTorch's: a call may be captured in a CUDA graph.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -95,8 +96,11 @@ def unavailable() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None:
+def refuses(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
     """Why this backend cannot run this call."""
+    if len(weights) > 1:
+        return "it runs one linear at a time"
+    (weight,), (lora_a,) = weights, lora_as
     found, (E, D, R), T = library(), lora_a.shape, x.shape[:-1].numel()
     assert isinstance(found, Library)
     if x.device.type != found.device:
@@ -117,17 +121,24 @@ def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None
     return None
 
 
-def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
+def describe(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan, form: str) -> tuple[str, str]:
     """The kernel that would run, and why."""
-    call = _launch_of(x.reshape(-1, x.shape[-1]), weight, lora_a, plan)
+    call = _launch_of(x.reshape(-1, x.shape[-1]), weights[0], lora_as[0], plan)
     sizes = call.sizes
     return KERNELS[call.kernel], f"T = {sizes.T} <= {_MAX_ROWS}; {call.grid} blocks, D in {sizes.splits} parts"
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    plan: Plan,
+    form: str = "",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D] and a group of one."""
+    (weight,), (bias,), (lora_a,), (lora_b,) = weights, biases, lora_as, lora_bs
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16:
         rows = rows.clone(memory_format=torch.contiguous_format)
@@ -143,7 +154,7 @@ def forward(
     assert isinstance(found, Library)
     tensors = [rows, weight, None if bias is None else bias.contiguous(), *lora, *route, y, h, parts]
     found.launch(call.kernel, tensors, sizes, call.grid, call.shared)
-    return y, h
+    return [y], [h]
 
 
 class Launch(NamedTuple):

@@ -5,11 +5,15 @@
     ds = dy Bᵀ,  dg_k = s Σ_t <ds_{t,k}, h_{t,k}>,  dh_{t,k} = s g_k ds_{t,k}
     dx = dy W + drop(dh Aᵀ),  dA_e = Σ drop(x)ᵀ dh,  dB_e = Σ (s g h)ᵀ dy
 
-The rank-space products have two forms, `_Gather` and `_Concat`; `form` picks by shape. Both are deterministic on every
-device. h is saved without gates and scale: folded in, the gate gradient would need a division by a gate that may be 0.
-The 1 / (1 - p) of dropout is part of s. A NaN in one instance stays in that instance's rows of y, dx and dgates; in the
-sums over instances, dA and dB, `_Gather` keeps it to that instance's experts, `_Concat` does not.
+The rank-space products have three forms: `_Gather`, `_Concat` and `_Loop`; `forms` lists them, the cheaper by its rule
+first. All are deterministic on every device. h is saved without gates and scale: folded in, the gate gradient would
+need a division by a gate that may be 0. The 1 / (1 - p) of dropout is part of s. A NaN in one instance stays in that
+instance's rows and in its experts' gradients, a NaN in an expert with the instances that use it: `_Concat` multiplies
+unused experts by zero, so where its results are not finite they are computed anew by a form that does not.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,13 @@ from moe_lora.routing import Plan
 _FEW_ROWS = 16
 # What copying costs, in rows of GEMM of one expert: A and B of one pick of one instance; all A once (CPU, measured).
 _COPIES_FEW, _COPIES_FORWARD, _COPIES_BACKWARD = (7, 20), (28, 28), (150, 150)
+# The loop: of each row of each pick a copy in and a sum out; of each expert some calls (CPU, measured).
+_LOOP_ROW, _LOOP_EXPERT = 2.5, 40
+_FAR = 4  # a form that the rule takes for so many times dearer than the cheapest is not worth timing
+
+FORMS = ("gather", "concat", "loop")
+
+Group = Sequence[Tensor]
 
 
 def unavailable() -> str | None:
@@ -29,54 +40,87 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None:
+def refuses(x: Tensor, weights: Group, lora_as: Group, plan: Plan) -> str | None:
     """Why this backend cannot run this call."""
-    return None
+    return "it runs one linear at a time" if len(weights) > 1 else None
 
 
-def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> tuple[str, str]:
+def forms(x: Tensor, weights: Group, lora_as: Group, plan: Plan, needs: Sequence[bool] | None = None) -> list[str]:
+    """The forms that may run this call, that of the rule first."""
+    costs = _costs(x, lora_as[0], plan, needs is not None)
+    return [name for name, cost in costs.items() if cost <= _FAR * min(costs.values())]
+
+
+def describe(x: Tensor, weights: Group, lora_as: Group, plan: Plan, form: str) -> tuple[str, str]:
     """The form that would run, and why."""
+    T, (N, K), E = x.shape[:-1].numel(), plan.experts.shape, lora_as[0].shape[0]
+    packed = " (packed: each row an instance)" if plan.offsets is not None else ""
+    back = next(iter(_costs(x, lora_as[0], plan, True)))
+    why = f"for T = {T}, N = {N}{packed}, K = {K}, E = {E}"
+    return form, why if back == form else f"{why}; backward by its rule {back}"
+
+
+def _costs(x: Tensor, lora_a: Tensor, plan: Plan, backward: bool) -> dict[str, float]:
+    """Rows of GEMM of one expert, with what is copied, that each form takes for; the cheapest first."""
     T, (N, K), E = x.shape[:-1].numel(), plan.experts.shape, lora_a.shape[0]
-    packed = plan.offsets is not None
-    N = T if packed else N
-    name, back = form(T, N, K, E), form(T, N, K, E, backward=True)
-    why = f"the cheaper for T = {T}, N = {N}{' (packed: each row an instance)' if packed else ''}, K = {K}, E = {E}"
-    return name, why if back == name else f"{why}; backward {back}"
-
-
-def form(T: int, N: int, K: int, E: int, backward: bool = False) -> str:
-    """The cheaper form for N equal runs, "gather" or "concat", by rows of GEMM and what is copied."""
-    copies = _COPIES_BACKWARD if backward else _COPIES_FEW if T <= _FEW_ROWS else _COPIES_FORWARD
-    return "gather" if K * (T + copies[0] * N) <= E * (T + copies[1]) else "concat"
+    N = T if plan.offsets is not None else N
+    pick, every = _COPIES_BACKWARD if backward else _COPIES_FEW if T <= _FEW_ROWS else _COPIES_FORWARD
+    costs: dict[str, float] = {"gather": K * (T + pick * N), "concat": E * (T + every)}
+    if x.device.type == "cpu":  # it reads the routing on the host
+        costs["loop"] = _LOOP_ROW * K * T + _LOOP_EXPERT * min(E, N * K)
+    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
+        del costs["concat"]  # it asks on the host whether its results are finite
+    return dict(sorted(costs.items(), key=lambda item: item[1]))
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
+    x: Tensor,
+    weights: Group,
+    biases: Sequence[Tensor | None],
+    lora_as: Group,
+    lora_bs: Group,
+    plan: Plan,
+    form: str = "",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D] and a group of one."""
+    (weight,), (bias,), (lora_a,), (lora_b,) = weights, biases, lora_as, lora_bs
+    form = form or forms(x, weights, lora_as, plan)[0]
     rows = x.reshape(-1, x.shape[-1])
     y, shape = F.linear(rows, weight, bias), (*x.shape[:-1], weight.shape[0])
     if not rows.shape[0]:
-        return y.view(shape), x.new_empty(0, plan.experts.shape[1] * lora_a.shape[2])
+        return [y.view(shape)], [x.new_empty(0, plan.experts.shape[1] * lora_a.shape[2])]
     if plan.dropout:
         rows = rows * _keep(rows, plan)
-    products = _products(rows, lora_a, plan)
+    products = _products(form, rows, lora_a, plan)
     h = products.shrink(rows, lora_a)
     products.expand_onto(y, products.fold(h), lora_b)
-    return y.view(shape), h.to(x.dtype)
+    if form == "concat" and not (_finite(h) and _finite(min(y, lora_b, key=Tensor.numel))):
+        return forward(x, weights, biases, lora_as, lora_bs, plan, _apart(x))
+    return [y.view(shape)], [h.to(x.dtype)]
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, h: Tensor, plan: Plan, needs: list[bool]
-) -> list[Tensor | None]:
-    """dx, dA, dB and dgates, each in its tensor's dtype, or None where `needs` says so."""
+    dys: Group,
+    x: Tensor,
+    weights: Group,
+    lora_as: Group,
+    lora_bs: Group,
+    hs: Group,
+    plan: Plan,
+    needs: Sequence[bool],
+    form: str = "",
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """dx, [dA], [dB] and dgates of a group of one, each in its tensor's dtype, or None where `needs` says so."""
+    (dy,), (weight,), (lora_a,), (lora_b,), (h,) = dys, weights, lora_as, lora_bs, hs
+    need_dx, need_dgates, need_da, need_db = needs
     if not h.shape[0]:
-        inputs = (x, lora_a, lora_b, plan.gates)
-        return [torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needs, strict=True)]
-    need_dx, need_da, need_db, need_dgates = needs
+        inputs = ((x, need_dx), (lora_a, need_da), (lora_b, need_db), (plan.gates, need_dgates))
+        dx, da, db, dgates = (torch.zeros_like(tensor) if need else None for tensor, need in inputs)
+        return dx, [da], [db], dgates
+    form = form or forms(x, weights, lora_as, plan, needs)[0]
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     keep = _keep(rows, plan) if plan.dropout and (need_dx or need_da) else None
-    products = _products(rows, lora_a, plan, backward=True)
+    products = _products(form, rows, lora_a, plan)
     dx = da = db = dgates = None
     if need_db:
         db = products.db(products.fold(h), dy, lora_b)
@@ -91,7 +135,26 @@ def backward(
             dx = (dx if keep is None else dx.mul_(keep)).addmm_(dy, weight).view(x.shape)
         if need_da:
             da = products.da(rows if keep is None else rows * keep, dh, lora_a)
-    return [dx, da, db, dgates]
+    if form == "concat" and not all(_finite(tensor) for tensor in (da, db, lora_a) if tensor is not None):
+        return backward(dys, x, weights, lora_as, lora_bs, hs, plan, needs, _apart(x))
+    return dx, [da], [db], dgates
+
+
+def _products(form: str, rows: Tensor, lora_a: Tensor, plan: Plan) -> "_Gather | _Concat | _Loop":
+    if form not in _FORMS:
+        raise ValueError(f"form must be one of {', '.join(_FORMS)}, got {form!r}")
+    return _FORMS[form](rows, lora_a, plan)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether the sum of the elements is finite, hence all of them."""
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return math.isfinite(tensor.sum(dtype=wide).item())
+
+
+def _apart(x: Tensor) -> str:
+    """The form that touches no expert which an instance does not use."""
+    return "loop" if x.device.type == "cpu" else "gather"
 
 
 def oracle(
@@ -128,13 +191,6 @@ def oracle(
 def _keep(rows: Tensor, plan: Plan) -> Tensor:
     assert plan.seed is not None, "dropout needs a seed"
     return keep_mask(plan.seed, rows, plan.dropout)
-
-
-def _products(rows: Tensor, lora_a: Tensor, plan: Plan, backward: bool = False) -> "_Gather | _Concat":
-    (N, K), T, E = plan.experts.shape, rows.shape[0], lora_a.shape[0]
-    if plan.offsets is not None:
-        N = T
-    return (_Gather if form(T, N, K, E, backward) == "gather" else _Concat)(rows, lora_a, plan)
 
 
 class _Products:
@@ -291,6 +347,70 @@ class _Concat(_Products):
 
     def all_b(self, lora_b: Tensor) -> Tensor:
         return lora_b.to(self.dtype).reshape(self.E * self.R, -1)
+
+
+class _Loop(_Products):
+    """Expert by expert, the rows that use it copied out and its part summed in.
+
+    T·K·R work per feature and no copy of an expert, but a copy of every row for each of its picks.
+    """
+
+    def __init__(self, rows: Tensor, lora_a: Tensor, plan: Plan):
+        super().__init__(rows, lora_a, plan)
+        picks = self.experts.long().repeat_interleave(self.T // max(self.N, 1), 0).flatten()  # [T·K]
+        self.order = picks.argsort(stable=True)
+        self.rows_of = self.order // self.K
+        ends = picks.bincount(minlength=self.E).cumsum(0).tolist()
+        runs = zip(range(self.E), [0, *ends[:-1]], ends, strict=True)
+        self.runs_of = [(expert, start, end) for expert, start, end in runs if start < end]
+
+    def by_expert(self, tensor: Tensor) -> Tensor:
+        """[T, K·R] as [T·K, R] in the order of the experts."""
+        return tensor.reshape(-1, self.R).index_select(0, self.order)
+
+    def by_row(self, parts: list[Tensor]) -> Tensor:
+        """Back again, to [T, K·R]."""
+        flat = torch.cat(parts)
+        return torch.empty_like(flat).index_copy_(0, self.order, flat).view(self.T, -1)
+
+    def shrink(self, rows: Tensor, lora_a: Tensor) -> Tensor:
+        return self.by_row([self.picked(rows, *run) @ lora_a[expert].to(self.dtype) for expert, *run in self.runs_of])
+
+    def shrink_dy(self, dy: Tensor, lora_b: Tensor) -> Tensor:
+        return self.by_row([self.picked(dy, *run) @ lora_b[expert].to(self.dtype).t() for expert, *run in self.runs_of])
+
+    def fold(self, h: Tensor) -> Tensor:
+        return self.scaled(h, self.gates)
+
+    def expand_onto(self, y: Tensor, s: Tensor, lora_b: Tensor) -> None:
+        s = self.by_expert(s)
+        for expert, start, end in self.runs_of:
+            part = s[start:end] @ lora_b[expert].to(self.dtype)
+            y.index_add_(0, self.rows_of[start:end], part.to(y.dtype))
+
+    def expand_dh(self, dh: Tensor, lora_a: Tensor) -> Tensor:
+        out, dh = dh.new_zeros(self.T, lora_a.shape[1]), self.by_expert(dh)
+        for expert, start, end in self.runs_of:
+            out.index_add_(0, self.rows_of[start:end], dh[start:end] @ lora_a[expert].to(self.dtype).t())
+        return out
+
+    def da(self, rows: Tensor, dh: Tensor, lora_a: Tensor) -> Tensor:
+        out, dh = torch.zeros_like(lora_a, memory_format=torch.contiguous_format), self.by_expert(dh)
+        for expert, start, end in self.runs_of:
+            out[expert] = self.picked(rows, start, end).t() @ dh[start:end]
+        return out
+
+    def db(self, s: Tensor, dy: Tensor, lora_b: Tensor) -> Tensor:
+        out, s = torch.zeros_like(lora_b, memory_format=torch.contiguous_format), self.by_expert(s)
+        for expert, start, end in self.runs_of:
+            out[expert] = s[start:end].t() @ self.picked(dy, start, end)
+        return out
+
+    def picked(self, rows: Tensor, start: int, end: int) -> Tensor:
+        return rows.index_select(0, self.rows_of[start:end]).to(self.dtype)
+
+
+_FORMS = {"gather": _Gather, "concat": _Concat, "loop": _Loop}
 
 
 def _side_by_side(lora_a: Tensor, dtype: torch.dtype) -> Tensor:

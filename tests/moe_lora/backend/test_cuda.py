@@ -36,7 +36,8 @@ def forward(case: Case, inputs, **options) -> tuple[list[torch.Tensor], decode.E
     x, weight, bias, lora_a, lora_b, routing, *_ = inputs
     plan = Plan(routing.experts, routing.gates, routing.offsets, 0.7, 0.0, None)
     with torch.no_grad(), decode.emulated(**options) as device:
-        return list(cuda.forward(x, weight, bias, lora_a, lora_b, plan)), device
+        (y,), (h,) = cuda.forward(x, [weight], [bias], [lora_a], [lora_b], plan)
+        return [y, h], device
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

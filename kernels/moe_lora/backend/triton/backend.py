@@ -43,34 +43,38 @@ def unavailable() -> str | None:
     return None if interpreted() or driver._active is not None else _why_no_gpu()
 
 
-def refuses(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan) -> str | None:
+def refuses(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
     """Why this backend cannot run this call."""
     device = device_of(x.device)
     if x.dtype not in _DTYPES:
         return f"x must be float16, bfloat16 or float32, got {x.dtype}"
     if device.capability < 80:
         return f"the kernels need compute capability 8.0 or newer, this device has {device.capability / 10}"
-    if lora_a.dtype not in _DTYPES:
-        return f"lora_a must be float16, bfloat16 or float32, got {lora_a.dtype}"
-    if lora_a.shape[2] > _MAX_RANK:
-        return f"the rank must be at most {_MAX_RANK}, got {lora_a.shape[2]}"
+    for lora_a in lora_as:
+        if lora_a.dtype not in _DTYPES:
+            return f"lora_a must be float16, bfloat16 or float32, got {lora_a.dtype}"
+        if lora_a.shape[2] > _MAX_RANK:
+            return f"the rank must be at most {_MAX_RANK}, got {lora_a.shape[2]}"
     if device.type is not None and x.device.type != device.type:
         return f"x must be on a {device.type} device, got {x.device}"
-    return None
+    return _refuses_group(x, weights, lora_as) if len(weights) > 1 else None
 
 
-def kernel(x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, form: str = "two") -> tuple[str, str]:
+def describe(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan, form: str = "two"
+) -> tuple[str, str]:
     """How rows meet their experts, and why; and the launches."""
+    weight, lora_a = weights[0], lora_as[0]
     call = Call(_rows(x), lora_a, plan, narrow=form.endswith("narrow"))
     tile, launches = call.expand_tile(*weight.shape), _LAUNCHES[form.partition("-")[0]]
     tiles = f"tiles of {tile.BLOCK_T} x {tile.BLOCK_F} x {tile.BLOCK_D}"
     return call.form, f"{call.why}; {launches}" + ("" if form == "split" else f"; {tiles}")
 
 
-def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
+def _refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor]) -> str | None:
     """Why these linears of one x cannot run together."""
-    if not 1 < len(weights) <= _MAX_GROUP:
-        return f"a group has 2 to {_MAX_GROUP} members here, got {len(weights)}"
+    if len(weights) > _MAX_GROUP:
+        return f"a group has at most {_MAX_GROUP} members here, got {len(weights)}"
     if x.dtype == torch.float32:
         return "float32 leaves no registers for the sums of more than one"
     if len({lora_a.shape for lora_a in lora_as}) > 1:
@@ -80,8 +84,8 @@ def refuses_group(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor
     return None
 
 
-def candidates(
-    x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None
+def forms(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan, needs: Sequence[bool] | None = None
 ) -> tuple[str, ...]:
     """The forms of this call, the rule's first: "fused", "two" and "split" launches, some with "narrow" tiles.
 
@@ -90,11 +94,13 @@ def candidates(
     """
     if needs is not None and not needs[0]:
         return ("two",)  # no product with the weight
+    weight, lora_a = weights[0], lora_as[0]
     F, D = weight.shape if needs is None else weight.shape[::-1]
     call, columns = Call(_rows(x), lora_a, plan), F if needs is None else weight.shape[1]
     own = ["two", "two-narrow"] if call.has_narrow(columns, D) else ["two"]
     # dropout of dx would need a second sum, of what it is for
-    if (needs is None or not plan.dropout) and _fused_grid(call, x, weight, plan, needs):
+    one = len(weights) == 1 and (needs is None or not plan.dropout)
+    if one and _fused_grid(call, x, weight, plan, needs):
         own.insert(0, "fused")
         if call.expand_tile(columns, D).BLOCK_F == 256:
             own.insert(1, "fused-narrow")
@@ -102,15 +108,7 @@ def candidates(
     return ("split", *own) if large else (*own, "split")
 
 
-def candidates_group(
-    x: Tensor, weight: Tensor, lora_a: Tensor, plan: Plan, needs: tuple[bool, ...] | None = None
-) -> tuple[str, ...]:
-    """The forms of a group whose first member this is, the rule's first."""
-    forms = candidates(x, weight, lora_a, plan, needs)
-    return tuple(form for form in forms if not form.startswith("fused"))
-
-
-def _fused_grid(call: Call, x: Tensor, weight: Tensor, plan: Plan, needs: tuple[bool, ...] | None) -> bool:
+def _fused_grid(call: Call, x: Tensor, weight: Tensor, plan: Plan, needs: Sequence[bool] | None) -> bool:
     """Whether one launch could do it."""
     if needs is None:
         return call.fused_grid(_rows(x), weight, weight.shape[0], plan.dropout) is not None
@@ -119,41 +117,13 @@ def _fused_grid(call: Call, x: Tensor, weight: Tensor, plan: Plan, needs: tuple[
     return call.fused_grid(dy, weight, weight.shape[1], 0.0) is not None
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, plan: Plan, form: str = "two"
-) -> tuple[Tensor, Tensor]:
-    """y [..., F] and h [T, K·R], both in x's dtype, for x [..., D]."""
-    (y,), (h,) = forward_group(x, [weight], [bias], [lora_a], [lora_b], plan, form)
-    return y, h
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    h: Tensor,
-    plan: Plan,
-    needs: Sequence[bool],
-    form: str = "two",
-) -> list[Tensor | None]:
-    """dx, dA, dB and dgates, each in its tensor's dtype, or None where `needs` says so."""
-    need_dx, need_da, need_db, need_dgates = needs
-    needs = [need_dx, need_dgates, need_da, need_db]
-    if form.startswith("fused") and (plan.dropout or not _descriptive(dy)):
-        form = "two"
-    dx, (da,), (db,), dgates = backward_group([dy], x, [weight], [lora_a], [lora_b], [h], plan, needs, form)
-    return [dx, da, db, dgates]
-
-
 def _descriptive(dy: Tensor) -> bool:
     """Whether dy, which no choice has seen, can have a tensor map."""
     rows = _rows(dy)
     return rows.stride(0) >= rows.shape[1] and not (rows.stride(0) * rows.itemsize % 16 or rows.data_ptr() % 16)
 
 
-def forward_group(
+def forward(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -182,7 +152,7 @@ def forward_group(
     return ys, hs
 
 
-def backward_group(
+def backward(
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
@@ -196,6 +166,8 @@ def backward_group(
     """dx, dA and dB of each member, dgates; None where `needs` (of x, the gates, each A, each B) says so."""
     members = len(weights)
     need_dx, need_dgates, need_das, need_dbs = needs[0], needs[1], needs[2 : 2 + members], needs[2 + members :]
+    if form.startswith("fused") and (plan.dropout or not _descriptive(dys[0])):
+        form = "two"
     rows, drows = _rows(x), [_rows(dy) for dy in dys]
     dx = dgates = None
     das: list[Tensor | None] = [None] * members

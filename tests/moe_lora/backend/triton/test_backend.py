@@ -254,11 +254,10 @@ def test_mask_is_the_same_forward_and_backward(D, form):
     plan = ops.Plan(routing.experts, routing.gates, None, 1 / dropout.keep_scale(0.4), 0.4, torch.tensor(2**40 + 3))
     mask = dropout.keep_mask(plan.seed, x, 0.4)
     with Emulator(80):
-        _, h = backend.forward(x, weight, None, eye[None, :D], eye[None], plan)
+        _, (h,) = backend.forward(x, [weight], [None], [eye[None, :D]], [eye[None]], plan)
         assert torch.equal(h[:, :D], mask)
-        dx, da, _, _ = backend.backward(
-            eye, x, weight, torch.ones(1, D, R).half() / R, eye[None], h, plan, [True, True, False, False]
-        )
+        lora_as, needs = [torch.ones(1, D, R).half() / R], [True, False, True, False]
+        dx, (da,), _, _ = backend.backward([eye], x, [weight], lora_as, [eye[None]], [h], plan, needs)
     assert torch.equal(dx * R, mask)
     assert torch.equal(da[0].t(), mask)
 
