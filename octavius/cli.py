@@ -203,6 +203,24 @@ def benchmark_table() -> Table:
     return table
 
 
+@app.command()
+def ablate(
+    table: Annotated[
+        str, typer.Option(help="interference, gates, experts, rank, balance, token, modalities, systems.")
+    ],
+    budget: Annotated[str, typer.Option(help="smoke (not interference), small or full.")] = "small",
+    resume: Annotated[bool, typer.Option(help="Go on from the finished runs; also beside another process.")] = False,
+    folder: Annotated[Path, typer.Option(help="Receives the lines of finished runs and the table.")] = Path(
+        "docs/results"
+    ),
+    minutes: Annotated[float | None, typer.Option(help="Start no run after so many minutes.")] = None,
+) -> None:
+    """Do the runs of a table that are not finished, and write what is complete and what is missing."""
+    from octavius.experiments.tables import ablate as run_ablation
+
+    console.print(run_ablation(table, budget, folder, resume, minutes), markup=False, highlight=False)
+
+
 def main() -> None:
     """Run the command; a user's mistake ends in one line, not in a traceback."""
     try:

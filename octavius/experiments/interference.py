@@ -229,8 +229,9 @@ class Interference:
             y = torch.stack([table[words[record.truth["label"]]].mean(0) for record in shown])  # [n, D]
             ridge = Ridge(alpha=RIDGE).fit(x.numpy(), y.detach().numpy())
             with torch.no_grad():
-                model.projector.net[0].weight.copy_(torch.from_numpy(ridge.coef_))
-                model.projector.net[0].bias.copy_(torch.from_numpy(ridge.intercept_))
+                linear: Any = model.projector.net[0]
+                linear.weight.copy_(torch.from_numpy(ridge.coef_))
+                linear.bias.copy_(torch.from_numpy(ridge.intercept_))
             self.projector = {name: value.clone() for name, value in model.projector.state_dict().items()}
         model.projector.load_state_dict(self.projector)
         for parameter in (*model.projector.parameters(), model.markers):

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import signal
 import time
 
 import pytest
@@ -56,7 +55,7 @@ def test_killed_run_is_done_again_and_finished_ones_are_not(tmp_path):
     deadline = time.time() + 60
     while len(read_results(tmp_path / "results.jsonl")) < 2 and time.time() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     before = read_results(tmp_path / "results.jsonl")
     assert 2 <= len(before) < 6

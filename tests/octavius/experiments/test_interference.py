@@ -72,7 +72,7 @@ def test_mixtures_hold_the_same_watched_samples_and_no_unseen_phrasing(tmp_path)
         assert record.turns[0][0] in PHRASES[record.task][:-1]
     labels = sorted(CATEGORIES)
     for record in mixture(records, "1:1", 8, 3):
-        label, answer = record.image.stem, record.turns[0][1]
+        label, answer = record.source.stem, record.turns[0][1]
         named = LABELS[int(label)]
         assert answer == (named if record.task == "class" else labels[(labels.index(named) + 1) % len(labels)])
 
