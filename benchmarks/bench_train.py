@@ -155,7 +155,8 @@ class Bench:
         with backend(name):
             start = self.clock()
             inputs = collate(batch)
-            inputs["features"] = inputs["features"].float()
+            if "features" in inputs:
+                inputs["features"] = inputs["features"].float()
             loss = model(**inputs)
             (loss["loss"] if isinstance(loss, dict) else loss).backward()
             self.optimizers[id(model)].step()

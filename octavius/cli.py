@@ -4,6 +4,7 @@ Commands import what they need when they run: torch and transformers take second
 """
 
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from octavius.assets import registry
+from octavius.training.stopped import EXIT_PREEMPTED, PreemptedError, TrainingStoppedError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
+# OSError: files, and transformers' unknown models
+ERRORS = (ValueError, OSError, registry.DamagedError, TrainingStoppedError)
 ConfigOption = Annotated[str, typer.Option("--config", help="A YAML file, or a preset: demo, mini-2d+3d, octavius-2d.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, wins over the file. May be repeated.")
@@ -67,9 +71,10 @@ def train(config: ConfigOption, settings: Settings = None, resume: bool = False)
 
     parsed = load_config(config, settings)
     _, report = run_train(parsed, resume)
-    console.print(
-        f"{report['steps']} steps, {report['tokens_per_second']:.0f} tokens/s; model in {parsed.train.output}"
-    )
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        console.print(
+            f"{report['steps']} steps, {report['tokens_per_second']:.0f} tokens/s; model in {parsed.train.output}"
+        )
 
 
 @app.command()
@@ -225,7 +230,10 @@ def main() -> None:
     """Run the command; a user's mistake ends in one line, not in a traceback."""
     try:
         app(prog_name="octavius")
-    except (ValueError, OSError, registry.DamagedError) as error:  # OSError: files, and transformers' unknown models
+    except PreemptedError as error:
+        Console(stderr=True).print(str(error), highlight=False, soft_wrap=True)
+        raise SystemExit(EXIT_PREEMPTED) from error
+    except ERRORS as error:
         text = escape(" ".join(str(error).split()))
         Console(stderr=True).print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

@@ -127,6 +127,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     projector_init: bool = False  # set the projectors in closed form before training, see projector_init.py
     compile: bool = False  # torch.compile the decoder layers: pays from about five minutes of training
+    workers: int = 2  # processes that decode images; features from the cache need none
     save_steps: int = 200
     log_steps: int = 5
     seed: int = 0

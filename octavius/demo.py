@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from moe_lora import storage
 
 from octavius.config import Config
 from octavius.data.loading import load_data
@@ -26,7 +27,8 @@ from octavius.points.object_store import ObjectStore
 from octavius.report.html import write_report
 from octavius.report.plots import plots
 from octavius.report.scene_image import save_scene_image
-from octavius.training.train import DONE, train
+from octavius.training.runs import DONE
+from octavius.training.train import train
 
 
 def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
             "zeroshot": {"moe": zeroshot[0], "blind": zeroshot[1]},
         }
         write_answers(folder / "answers.jsonl", records, answers)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))  # kept, however the other process ends
+        storage.write_file(folder / "metrics.json", json.dumps(metrics, indent=1))  # the other process may fail later
     routing = routing_map(records, answers.weights)
     losses = {"LoRA-MoE": report["loss"]}
     if baseline:
@@ -57,7 +59,7 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
         for split in ("scores", "zeroshot"):
             metrics[split]["lora"] = single[split]["moe"]
         losses["LoRA"] = json.loads((folder / "lora/model" / DONE).read_text())["loss"]
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        storage.write_file(folder / "metrics.json", json.dumps(metrics, indent=1))
     samples = _samples(records, answers)
     if stores.scenes:
         _draw(samples, model, stores.scenes, folder / "scenes")

@@ -5,14 +5,15 @@
 Shapes: N instances, T rows (tokens) of D features in and F out; E experts of rank R, K of them for each instance.
 
 In a model: `apply` gives its linears experts as a `MoELoRAConfig` says, `route` tells them the `Routing` of a batch,
-which an `InstanceGate` makes; `save` and `load` keep the experts in a folder. `load_balancing_loss`, `expert_share`
-and `mutual_information` are for training the gate and for seeing what it does.
+which an `InstanceGate` makes; `save` and `load` keep the experts in a folder, with `storage`. `load_balancing_loss`,
+`expert_share` and `mutual_information` are for training the gate and for seeing what it does.
 By itself: `MoELoRALinear` is the layer, `linear` the op, `linear_group` the op for several linears of one x.
 What runs: `backends` and `explain` tell, and `python -m moe_lora` checks every backend on this machine. The environment
 variable MOE_LORA_BACKEND names the backend that "auto" takes; "rule" switches timing off. `register_backend` adds one;
 `share_choices` has several ranks choose alike.
 """
 
+from moe_lora import storage
 from moe_lora.backend.autotune import export_choices, import_choices, share_choices
 from moe_lora.backend.dispatch import backends, explain, register_backend
 from moe_lora.checkpoint import load, save
@@ -47,4 +48,5 @@ __all__ = [
     "route",
     "save",
     "share_choices",
+    "storage",
 ]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moe_lora import storage
 from moe_lora.config import MoELoRAConfig
 from moe_lora.inject import apply, find_targets
 from moe_lora.layers import MoELoRALinear
@@ -27,7 +28,7 @@ _FUNCTION = ("num_experts", "top_k", "rank", "alpha")
 
 
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Writes the experts of `model` and their config; each file is replaced whole or not at all.
+    """Writes the experts of `model` and their config with `storage`: all of it is replaced, or nothing.
 
     The names are those of the bare model, without what torch.compile, DDP and the like put in front. The gate is a
     module of its own and is not among them. If the parameters are sharded by FSDP2, every rank must call this; the
@@ -59,18 +60,9 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = [folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_NAME, CONFIG_NAME)]
-    try:
-        save_file(tensors, temporary[0], metadata={"config": text})
-        temporary[1].write_text(text)
-        for path in temporary:
-            _flush(path)
-        for path, name in zip(temporary, (WEIGHTS_NAME, CONFIG_NAME), strict=True):
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+    with storage.staged(folder) as draft:
+        save_file(tensors, draft / WEIGHTS_NAME, metadata={"config": text})
+        (draft / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
@@ -84,10 +76,10 @@ def load(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Returns:
         The model.
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or foreign, or does not fit the model (says where), or the model has no data yet.
+        ValueError: a file is missing, damaged or foreign, or does not fit the model (says where), or the model has no
+            data yet.
     """
-    folder = Path(folder)
+    folder = storage.check(folder, (WEIGHTS_NAME, CONFIG_NAME))
     config, text = _read_config(folder / CONFIG_NAME)
     tensors = _read_weights(folder / WEIGHTS_NAME, text)
     layers = _layers(model)
@@ -159,14 +151,7 @@ def _tensors(layers: dict[str, MoELoRALinear]) -> dict[str, Tensor]:
     return {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in ("lora_a", "lora_b")}
 
 
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
 def _read_config(path: Path) -> tuple[MoELoRAConfig, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         values = json.loads(text)
@@ -184,8 +169,6 @@ def _read_config(path: Path) -> tuple[MoELoRAConfig, str]:
 
 
 def _read_weights(path: Path, config_text: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

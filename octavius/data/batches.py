@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from octavius.data.records import Record
 from octavius.language.prompts import IGNORE, ConversationFormat
 from octavius.points.object_store import Region
+from octavius.vision.features import FeatureStore
 
 
 class InstructionData(torch.utils.data.Dataset):
@@ -107,7 +107,7 @@ class Collator:
 
     Args:
         pad: id to fill with.
-        features: list of image paths → [n, P, C].
+        features: the store of the images' features.
         left: pad on the left, for generation.
         objects: list of clouds' regions → {"objects": [m, P, C], "boxes": [m, P, 6], "object_mask": [m, P]}.
         tasks: also give the batch's `tasks` [N], for counting which experts serve which.
@@ -116,7 +116,7 @@ class Collator:
     def __init__(
         self,
         pad: int,
-        features: Callable[[list[Path]], torch.Tensor] | None,
+        features: FeatureStore | None,
         left: bool = False,
         objects: Callable[[list[Region]], dict[str, torch.Tensor]] | None = None,
         tasks: bool = False,
@@ -147,7 +147,8 @@ class Collator:
         if images:
             if self.features is None:
                 raise ValueError(f"a model without an image tower cannot read {images[0]}")
-            batch["features"] = self.features(images)  # [n, P, C]
+            # features [n, P, C], or pixels [n, 3, S, S] that the model's tower reads
+            batch |= self.features.batch(images)
         if clouds:
             if self.objects is None:
                 raise ValueError(f"a model without a 3D branch cannot read {clouds[0].cloud}")

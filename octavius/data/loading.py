@@ -46,7 +46,8 @@ def data_folder(root: str) -> Path:
     if not colon or name not in EMBEDDED:
         return Path(root)
     builder = EMBEDDED[name]
-    return builder.build(registry.default_cache() / name / f"{size}-{builder.VERSION}", size=size)
+    with registry.filling():  # one process builds, the others find it ready
+        return builder.build(registry.default_cache() / name / f"{size}-{builder.VERSION}", size=size)
 
 
 def load_data(
@@ -67,15 +68,14 @@ def load_data(
         encoder: the model's point encoder; None where the data bring the objects' features.
         clouds: whether the model reads point clouds.
     """
-    with registry.filling():
-        records, scenes = [], {}
-        if config.root:
-            records += read_records(data_folder(config.root) / file, config.images)
-        if config.root_3d:
-            of_clouds, scenes = read_scenes(data_folder(config.root_3d) / (file_3d or file))
-            records += of_clouds
-        stores = open_stores(scenes, config.cache_features, tower=tower, encoder=encoder, clouds=clouds)
-        return drop_unreadable(records, stores.prepare(records)), stores
+    records, scenes = [], {}
+    if config.root:
+        records += read_records(data_folder(config.root) / file, config.images)
+    if config.root_3d:
+        of_clouds, scenes = read_scenes(data_folder(config.root_3d) / (file_3d or file))
+        records += of_clouds
+    stores = open_stores(scenes, config.cache_features, tower=tower, encoder=encoder, clouds=clouds)
+    return drop_unreadable(records, stores.prepare(records)), stores
 
 
 def open_stores(

@@ -1,8 +1,10 @@
 """The causal LM: loading it, and its logits where answers are."""
 
+import os
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -19,6 +21,9 @@ def load_llm(config: ModelConfig) -> tuple[Any, Any]:
         attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     elif attention is None:
         attention = GROUPED
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True, highlight=False).print(f"attention: {attention} on {where}")
     dtype = getattr(torch, config.dtype)
     layers = {} if config.llm_layers is None else {"num_hidden_layers": config.llm_layers}
     llm: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **layers)

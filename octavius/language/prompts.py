@@ -67,6 +67,7 @@ class ConversationFormat:
         self.eos = tokenizer.eos_token_id
         if self.eos is None:
             raise ValueError("the tokenizer must have an end-of-sequence token: answers end with it")
+        self._check_template(vocab)
 
     def encode(
         self,
@@ -111,6 +112,26 @@ class ConversationFormat:
                 add([*self.tokens(f" {answer.strip()}"), self.eos], learn=True)
         end = start + max_tokens if max_tokens else len(ids)
         return Sample(ids[:end], labels[:end], gate[:end])
+
+    def _check_template(self, vocab: int) -> None:
+        """Raise ValueError if the tokenizer cannot write the template: it is another model's, or lacks its signs."""
+        for piece in ("### Human:", "\n### Assistant:", " a word 0.12"):
+            ids = self.tokens(piece)
+            if max(ids, default=0) >= vocab:
+                raise ValueError(
+                    f"the tokenizer must have ids below the LLM's {vocab} rows, got {max(ids)} for {piece!r}"
+                )
+            unknown = self.tokenizer.unk_token_id
+            if not ids or (unknown is not None and unknown in ids) or self.eos in ids:
+                raise ValueError(
+                    f"the tokenizer must have tokens for the template's {piece!r}, got {ids}: "
+                    "it does not belong to this model"
+                )
+            if self.tokenizer.decode(ids).strip() != piece.strip():
+                raise ValueError(
+                    f"the tokenizer must read {piece!r} back as it is, got {self.tokenizer.decode(ids)!r}: "
+                    "it does not match the template"
+                )
 
     def decode(self, ids: list[int]) -> str:
         """The answer's text, without what ends it."""

@@ -116,8 +116,18 @@ class Octavius(nn.Module):
             encoder = load_encoder(config.clouds.encoder)
         return cls(config, llm, tokenizer, tower, encoder)
 
-    def readers(self) -> dict[str, Any]:
-        """What loading data needs of the model: its tower, its point encoder, and whether it reads clouds."""
+    def readers(self, device: torch.device | None = None) -> dict[str, Any]:
+        """What loading data needs of the model: its tower, its point encoder, and whether it reads clouds.
+
+        Both are put where the model runs, on a GPU in half precision.
+
+        Args:
+            device: where the model will run; where it is, when None.
+        """
+        device = device or self.device
+        for reader in (self.tower[0], self.encoder[0]):
+            if reader is not None:
+                reader.to(device, torch.float16 if device.type == "cuda" else torch.float32)
         return {"tower": self.tower[0], "encoder": self.encoder[0], "clouds": self.settings.clouds is not None}
 
     @property
@@ -133,7 +143,8 @@ class Octavius(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Octavius":
         """Load what `save` wrote, with the frozen parts from where its config says, but the folder's point encoder."""
-        config = _read_config(Path(folder))
+        folder = _checked(folder)
+        config = _read_config(folder)
         encoder = load_pointbert(folder) if config.clouds and config.clouds.encoder else None
         model = cls.from_config(config, encoder)
         model.load(folder)
@@ -144,16 +155,16 @@ class Octavius(nn.Module):
 
         The point encoder, too: `small` is trained on each machine, and the weights read the features of this one.
         """
-        folder = Path(folder)
-        moe_lora.save(self.llm, folder)
+        with moe_lora.storage.staged(folder) as draft:
+            self.write(draft)
+
+    def write(self, draft: Path) -> None:
+        """Write the files of `save` into a folder that the caller commits with others of its own."""
+        moe_lora.save(self.llm, draft)
         if self.encoder[0] is not None:
-            self.encoder[0].save(folder)
-        partial = folder / (WEIGHTS + ".partial")
-        save_file({name: value.contiguous() for name, value in self._own().items()}, partial)
-        partial.rename(folder / WEIGHTS)
-        partial = folder / (CONFIG + ".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self.settings), indent=1) + "\n")
-        partial.rename(folder / CONFIG)
+            self.encoder[0].save(draft)
+        save_file({name: value.contiguous() for name, value in self._own().items()}, draft / WEIGHTS)
+        (draft / CONFIG).write_text(json.dumps(dataclasses.asdict(self.settings), indent=1) + "\n", encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote into this model; nothing changes unless all of it fits.
@@ -161,7 +172,7 @@ class Octavius(nn.Module):
         Raises:
             ValueError: a damaged file, or one of another model.
         """
-        folder = Path(folder)
+        folder = _checked(folder)
         self._check_settings(folder)
         self._check_encoder(folder)
         try:
@@ -264,16 +275,17 @@ class Octavius(nn.Module):
         objects: torch.Tensor | None = None,
         boxes: torch.Tensor | None = None,
         object_mask: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
         **options,
     ) -> tuple[list[str], torch.Tensor]:
         """Answers to a batch of prompts padded on the left; greedy unless `options` of `transformers` say otherwise.
 
-        `features`, `objects`, `boxes` and `object_mask` are `embed`'s.
+        `features`, `objects`, `boxes`, `object_mask` and `pixels` are `embed`'s.
 
         Returns:
             the answers, and [N, E] the weight of every expert.
         """
-        embeds = self.embed(input_ids, features, objects, boxes, object_mask)
+        embeds = self.embed(input_ids, features, objects, boxes, object_mask, pixels)
         eager = torch.compiler.set_stance("force_eager")  # compiled layers would compile anew for each length
         with eager, self.routed(embeds, gate_mask, attention_mask) as routed:
             ids = self.llm.generate(
@@ -293,20 +305,35 @@ class Octavius(nn.Module):
         objects: torch.Tensor | None = None,
         boxes: torch.Tensor | None = None,
         object_mask: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token ids and what is seen as the LLM's input, [N, L, D] in the LLM's dtype.
+
+        In training the branches that the batch does not need run on no rows, so that their gradients are zero and not
+        None: ranks that see different modalities then reduce the same gradients.
 
         Args:
             input_ids: [N, L]; n of the instances hold an image's ids, m a cloud's.
             features: [n, P, C] tower output.
             objects, boxes, object_mask: [m, O, C], [m, O, 6] and [m, O], True on real objects.
+            pixels: [n, 3, S, S] in place of features: the tower reads them here.
         """
         table = self.llm.get_input_embeddings()
         first = table.weight.shape[0]  # ids beyond the vocabulary: two markers and a token, of images and of clouds
         embeds = table(input_ids.clamp(max=first - 1))
+        tower, learns = self.tower[0], self.training and torch.is_grad_enabled()
+        if pixels is not None:
+            assert tower is not None and features is None
+            features = tower.features(pixels)
+        if features is None and tower is not None and learns:
+            features = embeds.new_zeros(0, tower.tokens, tower.width)
         if features is not None:
             tokens = self.projector(features.to(self.device))
             embeds = _place(embeds, input_ids - first, self.markers, tokens)
+        if objects is None and self.settings.clouds is not None and learns:
+            width = self.scene.features
+            objects, boxes = embeds.new_zeros(0, 1, width), embeds.new_zeros(0, 1, 6)
+            object_mask = torch.ones(0, 1, dtype=torch.bool, device=embeds.device)
         if objects is not None:
             assert boxes is not None and object_mask is not None
             tokens, _ = self.scene(*(tensor.to(self.device) for tensor in (objects, boxes, object_mask)))
@@ -363,6 +390,13 @@ def _place(embeds: torch.Tensor, extra: torch.Tensor, markers: torch.Tensor, tok
     at = ((extra == 0) | (extra == 1))[..., None]
     embeds = torch.where(at, markers.to(embeds.dtype)[extra.clamp(0, 1)], embeds)
     return embeds.masked_scatter((extra == 2)[..., None], tokens.to(embeds.dtype))
+
+
+def _checked(folder: str | Path) -> Path:
+    """Where to read a model's folder, once its files are the written ones."""
+    if not (moe_lora.storage.whole(folder) / CONFIG).is_file():
+        raise ValueError(f"{folder}: must be a folder that training wrote, but {CONFIG} is missing")
+    return moe_lora.storage.check(folder, (WEIGHTS, CONFIG))
 
 
 def _read_config(folder: Path) -> ModelConfig:

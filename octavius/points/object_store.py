@@ -11,11 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from moe_lora import storage
 from rich.progress import track
 
+from octavius.assets.shards import READY, share_out
 from octavius.points.cloud import UNITS, read_cloud
 from octavius.points.pointbert import PointBert, encode
 from octavius.points.proposals import MIN_POINTS, Boxes, boxes_within, objects_of
+
+OBJECTS = "objects.pt"
+SHARD = 128  # clouds of a shard
 
 
 class Region(NamedTuple):
@@ -69,26 +74,37 @@ class ObjectStore:
         paths = sorted({path for path in clouds if path not in self.scenes})
         if not paths:
             return {}
-        file = None if self.folder is None else self.folder / f"{self._key(paths)}.pt"
-        if file is None or not file.exists():
-            bad, found = {}, {}
-            for path in track(paths, "objects", disable=len(paths) < 10):
-                try:
-                    found[path] = self._encode(path)
-                except ValueError as error:
-                    bad[path] = str(error)
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_suffix(".partial")
-                rows = {str(path): (scene.features, scene.boxes, scene.ids) for path, scene in found.items()}
-                torch.save({"scenes": rows, "bad": {str(path): why for path, why in bad.items()}}, partial)
-                partial.rename(file)
-        else:
-            loaded = torch.load(file, weights_only=True)
-            found = {Path(path): Objects(*rows) for path, rows in loaded["scenes"].items()}
-            bad = {Path(path): why for path, why in loaded["bad"].items()}
-        self.scenes |= found
+        bad: dict[Path, str] = {}
+        if self.folder is None:
+            self.scenes |= self._read(paths, bad)
+            return bad
+        parts = [paths[start : start + SHARD] for start in range(0, len(paths), SHARD)]
+        state = self._state()
+        keys = [_key(state, part) for part in parts]
+        share_out(self.folder, keys, _is_whole, lambda number, target: self._write(parts[number], target))
+        for key in keys:
+            loaded = torch.load(storage.check(self.folder / key / READY) / OBJECTS, weights_only=True)
+            self.scenes |= {Path(path): Objects(*rows) for path, rows in loaded["scenes"].items()}
+            bad |= {Path(path): why for path, why in loaded["bad"].items()}
         return bad
+
+    def _read(self, paths: list[Path], bad: dict[Path, str]) -> dict[Path, Objects]:
+        """Encode clouds; the unreadable ones are noted in `bad`."""
+        scenes = {}
+        for path in track(paths, "objects", disable=len(paths) < 10):
+            try:
+                scenes[path] = self._encode(path)
+            except ValueError as error:
+                bad[path] = str(error)
+        return scenes
+
+    def _write(self, paths: list[Path], target: Path) -> None:
+        """Encode the clouds of a shard and write it."""
+        bad: dict[Path, str] = {}
+        scenes = self._read(paths, bad)
+        rows = {str(path): (scene.features, scene.boxes, scene.ids) for path, scene in scenes.items()}
+        with storage.staged(target) as draft:
+            torch.save({"scenes": rows, "bad": {str(path): why for path, why in bad.items()}}, draft / OBJECTS)
 
     def lacking(self, regions: Iterable[Region]) -> dict[Region, str]:
         """The regions about an object that its prepared cloud has not, each with the reason."""
@@ -130,18 +146,33 @@ class ObjectStore:
         if boxes is not None:
             boxes = Boxes(boxes.boxes * np.float32(UNITS[unit]), boxes.names)
         kept, clouds = objects_of(cloud, boxes)
-        dtype = torch.bfloat16 if torch.backends.mkldnn.is_available() else torch.float32
+        own = next(self.encoder.parameters()).dtype  # half precision on a GPU
+        dtype = torch.bfloat16 if own == torch.float32 and torch.backends.mkldnn.is_available() else own
         features = encode(self.encoder, clouds, dtype=dtype).half()
         ids = [int(name) for name in kept.names] if numbered else list(range(len(kept)))
         return Objects(features, torch.from_numpy(kept.boxes), ids)
 
-    def _key(self, paths: list[Path]) -> str:
-        """Names the content: the encoder's weights and the files."""
+    def _state(self) -> str:
+        """Names the function that the encoder computes."""
         digest = hashlib.sha256()
         if self.encoder is not None:
             for name, value in sorted(self.encoder.state_dict().items()):
                 digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item():.9e}".encode())
-        for path in paths:
-            known = path.stat() if path.exists() else None
-            digest.update(f"{path.resolve()} {known and (known.st_size, known.st_mtime_ns)}".encode())
-        return f"objects-{digest.hexdigest()[:24]}"
+        return digest.hexdigest()
+
+
+def _key(state: str, paths: list[Path]) -> str:
+    """Name a shard by what it holds: the encoder's weights and the files."""
+    digest = hashlib.sha256(state.encode())
+    for path in paths:
+        known = path.stat() if path.exists() else None
+        digest.update(f"{path.resolve()} {known and (known.st_size, known.st_mtime_ns)}".encode())
+    return f"objects-{digest.hexdigest()[:24]}"
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        storage.check(place)
+    except storage.DamagedError:
+        return False
+    return True

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from moe_lora import storage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -121,10 +122,9 @@ class PointBert(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write weights and sizes; `load_pointbert` reads them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "pointbert.partial"
-        save_file(self.state_dict(), partial, metadata={"config": json.dumps(dataclasses.asdict(self.config))})
-        partial.rename(folder / WEIGHTS)
+        metadata = {"config": json.dumps(dataclasses.asdict(self.config))}
+        with storage.staged(folder) as draft:
+            save_file(self.state_dict(), draft / WEIGHTS, metadata=metadata)
 
 
 class MiniPointNet(nn.Module):
@@ -287,7 +287,7 @@ def load_pointbert(path: str | Path, config: PointBertConfig | None = None) -> P
         ValueError: unreadable, or its tensors do not fit.
     """
     path = Path(path)
-    file = path / WEIGHTS if path.is_dir() else path
+    file = storage.check(path, (WEIGHTS,)) / WEIGHTS if path.is_dir() else path
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:

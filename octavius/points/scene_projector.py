@@ -85,6 +85,7 @@ class SceneProjector(nn.Module):
 
     def __init__(self, width: int, dim: int, mean: torch.Tensor, std: float, config: CloudConfig):
         super().__init__()
+        self.features = width
         self.pos_3d_proj = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, width))
         self.resampler_3d = Resampler3D(config.queries, width, config.heads, config.layers, config.dropout)
         self.llama_proj_3d = nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))

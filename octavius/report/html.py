@@ -22,6 +22,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.ticker import MaxNLocator
+from moe_lora import storage
 
 from octavius.inputs.images import open_image
 from octavius.report.plots import points, smooth
@@ -81,7 +82,7 @@ def write_report(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")  # half surrogates do occur in generated text
+    storage.write_file(path, html.encode("utf-8", "xmlcharrefreplace"))  # half surrogates do occur in generated text
 
 
 def _part(metrics: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from moe_lora import storage
 from rich.progress import track
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
@@ -36,6 +37,7 @@ from octavius.vision.towers import load_tower
 VIEWS = ((-30.0, 20.0), (40.0, 25.0))  # (yaw, pitch) of the renderings beside the icon
 FOLLOW = 0.03  # share of the newest weights in their mean, step by step
 SAME = 0.995  # cosine of two texts that are one
+TEACHERS = "teachers.pt"
 PROMPTS = ("a {}", "a point cloud of a {}", "a 3D model of a {}", "there is a {} in the room")
 
 
@@ -99,7 +101,7 @@ def pretrain(output: Path, config: PretrainConfig, cache: Path | None = None) ->
         report[split] |= _neighbours(rows["train"], rows[split], models, clouds, features["train"], features[split])
     report["all_seconds"] = time.perf_counter() - begin
     model.save(output)
-    (output / "pretrain.json").write_text(json.dumps(report, indent=1) + "\n")
+    storage.write_file(output / "pretrain.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -119,10 +121,19 @@ def _teachers_of(rows: list[int], models: list[Furniture], texts: torch.Tensor, 
 
 def ensure_encoder(name: str) -> None:
     """Train the point encoder of a preset into the cache, if it is not there yet."""
-    if name not in PRESETS or (folder := default_folder(name) / WEIGHTS).exists():
+    if name not in PRESETS or _whole(default_folder(name)):
         return
-    with torch.random.fork_rng():  # the caller draws the same numbers whether the encoder was there or not
-        pretrain(folder.parent, PretrainConfig(preset=name))
+    with registry.filling(), torch.random.fork_rng():  # the caller draws the same numbers whether it was there or not
+        if not _whole(default_folder(name)):  # another process may have trained it meanwhile
+            pretrain(default_folder(name), PretrainConfig(preset=name))
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        storage.check(folder, (WEIGHTS,))
+    except storage.DamagedError:
+        return False
+    return True
 
 
 def embed_texts(texts: list[str], batch_size: int = 64) -> torch.Tensor:
@@ -148,7 +159,7 @@ def _teachers(
 
     Models that are held out are not rendered: of them the icon alone is compared with.
     """
-    file = cache / f"teachers-{config.tower}-{len(models)}-{RECIPE}.pt"
+    file = cache / f"teachers-{config.tower}-{len(models)}-{RECIPE}"
     if not file.exists():
         prompts = [prompt.format(label) for label in CLASSES for prompt in PROMPTS]
         names = embed_texts(prompts).view(len(CLASSES), len(PROMPTS), -1).mean(1)
@@ -163,10 +174,9 @@ def _teachers(
                     views += [render(cloud, tower.size, *view) for view in VIEWS]
                 seen = tower(torch.stack([tower.pixels(view) for view in views])).float().mean(1)
                 images.append(seen.expand(1 + len(VIEWS), -1) if len(seen) == 1 else seen)
-        partial = file.with_suffix(".partial")
-        torch.save([nn.functional.normalize(names, dim=-1), texts, torch.stack(images)], partial)
-        partial.rename(file)
-    names, texts, images = torch.load(file, weights_only=True)
+        with storage.staged(file) as draft:
+            torch.save([nn.functional.normalize(names, dim=-1), texts, torch.stack(images)], draft / TEACHERS)
+    names, texts, images = torch.load(storage.check(file) / TEACHERS, weights_only=True)
     return names, texts, images
 
 

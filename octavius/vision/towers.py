@@ -46,6 +46,12 @@ class ImageTower(nn.Module):
         mean, std = np.array(self.mean_std, np.float32)
         return torch.from_numpy((array / 255 - mean) / std).permute(2, 0, 1)
 
+    @torch.no_grad()
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [N, 3, size, size] of any device → tokens [N, P, C] float16, on the tower's."""
+        weight = next(self.parameters())
+        return self(pixels.to(weight.device, weight.dtype)).half()
+
     def fingerprint(self) -> str:
         """Names the function that this tower computes, for caches of its output."""
         digest = hashlib.sha256(f"{type(self).__name__} {self.tokens} {self.width} {self.extra_repr()}".encode())

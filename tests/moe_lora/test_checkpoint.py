@@ -1,14 +1,16 @@
 """`save` and `load`: round trips, and damage that must be seen before anything changes."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import moe_lora
 import pytest
 import torch
 import torch.distributed as distributed
-from moe_lora import MoELoRAConfig, MoELoRALinear, checkpoint
+from moe_lora import MoELoRAConfig, MoELoRALinear, storage
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -47,7 +49,11 @@ def folder(tmp_path):
 
 
 def test_save_writes_pefts_folder(folder):
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "MOE_LORA" and config["target_modules"] == ["up", "down"]
     assert set(load_file(folder / "adapter_model.safetensors")) == {
@@ -151,16 +157,16 @@ def test_save_replaces_an_older_one(folder):
 def test_save_that_fails_leaves_the_old_files(folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def fail(path):
-        raise OSError("disk full")
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(storage.os, "fsync", fail)
+    with pytest.raises(storage.DiskFullError, match="the disk is full"):
         moe_lora.save(model(seed=5), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_save_cut_between_its_files_is_seen(folder, monkeypatch):
+def test_save_cut_between_its_files_is_the_new_one(folder, monkeypatch):
     replace, calls = os.replace, []
 
     def cut(source, target):
@@ -169,18 +175,23 @@ def test_save_cut_between_its_files_is_seen(folder, monkeypatch):
             raise KeyboardInterrupt
         replace(source, target)
 
-    other = moe_lora.apply(bare(), MoELoRAConfig(num_experts=3, rank=2, alpha=8, target_modules=("up", "down")))
-    monkeypatch.setattr(checkpoint.os, "replace", cut)
+    monkeypatch.setattr(storage.os, "replace", cut)
     with pytest.raises(KeyboardInterrupt):
-        moe_lora.save(other, folder)
-    with pytest.raises(ValueError, match=r"same save as adapter_config\.json"):
-        moe_lora.load(bare(), folder)
+        moe_lora.save(model(seed=5), folder)
+    assert_equal(adapters(moe_lora.load(bare(), folder)), adapters(model(seed=5)))
 
 
 def test_save_without_experts_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model must have experts to save, got none"):
         moe_lora.save(bare(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def flip(path):
+    """One bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
 
 
 def edit_config(**change):
@@ -223,8 +234,8 @@ DAMAGE = (
         ValueError,
         "must be a whole safetensors file",
     ),
-    (lambda f: (f / "adapter_model.safetensors").unlink(), FileNotFoundError, "adapter_model.safetensors is missing"),
-    (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "adapter_config.json is missing"),
+    (lambda f: (f / "adapter_model.safetensors").unlink(), ValueError, "adapter_model.safetensors must be in manifest"),
+    (lambda f: (f / "adapter_config.json").unlink(), ValueError, "adapter_config.json must be in manifest"),
     (lambda f: (f / "adapter_config.json").write_text('{"rank": 2'), ValueError, "must be JSON, got"),
     (lambda f: (f / "adapter_config.json").write_bytes(b"\xff\xfe"), ValueError, "must be JSON, got"),
     (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "must have peft_type MOE_LORA"),
@@ -253,7 +264,9 @@ DAMAGE = (
 @pytest.mark.parametrize("target", [model, bare], ids=["with-experts", "bare"])
 @pytest.mark.parametrize("damage, kind, message", DAMAGE, ids=[f"{i}-{case[-1]}" for i, case in enumerate(DAMAGE)])
 def test_load_of_damage_changes_nothing(folder, damage, kind, message, target):
+    """The damage is sealed: a manifest that agrees does not make a wrong file right."""
     damage(folder)
+    storage.seal(folder)
     other = target()
     before, trains = (
         {k: v.clone() for k, v in other.state_dict().items()},
@@ -284,7 +297,17 @@ def test_load_into_a_different_model_is_refused(folder, change, message):
     assert_equal(adapters(other), before)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda p: os.truncate(p, 5), flip], ids=["delete", "cut", "flip"])
+def test_load_of_a_file_that_is_not_the_written_one_is_refused(folder, name, damage):
+    damage(folder / name)
+    other = model(seed=2)
+    with pytest.raises(ValueError, match=name):
+        moe_lora.load(other, folder)
+    assert_equal(adapters(other), adapters(model(seed=2)))
+
+
 def test_load_of_a_missing_folder(folder):
     shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         moe_lora.load(bare(), folder)

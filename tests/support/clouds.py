@@ -77,6 +77,8 @@ def batch(model: Octavius, chosen: list[Record], answer: bool = True) -> dict[st
     data = InstructionData(chosen, model.conversation, model.image_tokens, 0, answer, model.cloud_tokens)
     collate = Collator(model.conversation.eos, held.images, not answer, held.scenes)
     made = collate([data[index] for index in range(len(data))])
+    if "pixels" in made:
+        made["features"] = held.images.tower.features(made.pop("pixels"))
     if not answer:
         made.pop("labels")
     return made

@@ -159,6 +159,7 @@ def batch(model: Octavius, chosen: list[Record], answer: bool = True, max_tokens
     data = InstructionData(chosen, model.conversation, store.tower.tokens, max_tokens, answer)
     collate = Collator(model.conversation.eos, store, left=not answer)
     made = collate([data[index] for index in range(len(data))])
+    made["features"] = store.tower.features(made.pop("pixels"))
     if not answer:
         made.pop("labels")
     return made

@@ -199,8 +199,8 @@ def test_collator_pads_one_side(kit, left):
     made = Collator(conversation.eos, store, left)(samples)
     lengths = [len(sample["input_ids"]) for sample in samples]
     assert len(set(lengths)) == 3
-    assert made["features"].shape == (3, store.tower.tokens, store.tower.width)
-    torch.testing.assert_close(made["features"], store([sample["image"] for sample in samples]))
+    assert made["pixels"].shape == (3, 3, store.tower.size, store.tower.size)
+    torch.testing.assert_close(store.tower.features(made["pixels"]), store([sample["image"] for sample in samples]))
     for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         real = slice(max(lengths) - length, None) if left else slice(length)
         gap = slice(max(lengths) - length) if left else slice(length, None)

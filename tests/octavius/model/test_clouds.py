@@ -223,9 +223,9 @@ def test_attention_of_a_scene(model, root):
 def test_features_are_kept(model, root, tmp_path):
     paths = sorted((root / "clouds").glob("*.npz"))
     first, second = (ObjectStore(model.encoder[0], tmp_path) for _ in range(2))
-    assert first.prepare(paths) == {} and len(list(tmp_path.glob("*.pt"))) == 1
-    stamp = next(tmp_path.glob("*.pt")).stat().st_mtime_ns
-    assert second.prepare(paths) == {} and next(tmp_path.glob("*.pt")).stat().st_mtime_ns == stamp
+    assert first.prepare(paths) == {} and len(list(tmp_path.glob("*/ready/objects.pt"))) == 1
+    stamp = next(tmp_path.glob("*/ready/objects.pt")).stat().st_mtime_ns
+    assert second.prepare(paths) == {} and next(tmp_path.glob("*/ready/objects.pt")).stat().st_mtime_ns == stamp
     one, other = (store([Region(path) for path in paths]) for store in (first, second))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from moe_lora import MoELoRAConfig
+from moe_lora import MoELoRAConfig, storage
 from safetensors.torch import load_file, save_file
 
 from octavius.model.octavius import CONFIG, WEIGHTS, Octavius
@@ -42,7 +42,7 @@ def assert_same(one, other):
 
 def test_folder_holds_what_trains_only(saved, parts):
     assert sorted(path.name for path in saved.iterdir()) == sorted(
-        ["adapter_config.json", "adapter_model.safetensors", CONFIG, WEIGHTS]
+        ["adapter_config.json", "adapter_model.safetensors", "manifest.json", CONFIG, WEIGHTS]
     )
     projector = {"net.0.weight", "net.0.bias", "positions", "mean", "std", "limit"}
     own = {"markers", "gate.w_gating", "share"} | {f"projector.{name}" for name in projector}
@@ -74,7 +74,7 @@ def test_save_over_an_older_one(parts, folder):
     other = tiny.make(parts, seed=9)
     other.save(folder)
     assert_same(snapshot(Octavius.from_folder(folder)), snapshot(other))
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.iterdir())) == 5
 
 
 def cut(name):
@@ -104,7 +104,7 @@ def setting(**changes):
 DAMAGE = {
     "weights-cut": (cut(WEIGHTS), rf"{WEIGHTS}: cannot be read as safetensors"),
     "weights-empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "cannot be read as safetensors"),
-    "weights-gone": (lambda f: (f / WEIGHTS).unlink(), "cannot be read as safetensors"),
+    "weights-gone": (lambda f: (f / WEIGHTS).unlink(), rf"{WEIGHTS} must be in manifest\.json"),
     "weights-less": (
         edit(lambda t: t.pop("gate.w_gating")),
         r"gate.w_gating must be \(64, 4\) for this model, got None",
@@ -125,7 +125,10 @@ DAMAGE = {
     "config-layer": (setting(tower_layer=-1), "tower_layer must be -2 for this model, got -1"),
     "config-system": (setting(system=True), "system must be False for this model, got True"),
     "experts-cut": (cut("adapter_model.safetensors"), "must be a whole safetensors file"),
-    "experts-gone": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "experts-gone": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        r"adapter_model\.safetensors must be in manifest\.json",
+    ),
     "experts-config-cut": (cut("adapter_config.json"), "must be JSON"),
 }
 
@@ -134,9 +137,29 @@ DAMAGE = {
 def test_damaged_folder_changes_nothing(parts, folder, name):
     damage, message = DAMAGE[name]
     damage(folder)
+    storage.seal(folder)  # a manifest that agrees does not make a wrong file right
     model = tiny.make(parts, seed=5)
     before = snapshot(model)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
+        model.load(folder)
+    assert_same(snapshot(model), before)
+
+
+FILES = (WEIGHTS, CONFIG, "adapter_model.safetensors", "adapter_config.json", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["delete", "cut", "flip"])
+def test_folder_with_a_damaged_file_is_refused_by_name(parts, folder, name, how):
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    if how == "delete":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(data[: len(data) // 2] if how == "cut" else data)
+    model = tiny.make(parts, seed=5)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=name):
         model.load(folder)
     assert_same(snapshot(model), before)
 

@@ -29,7 +29,14 @@ def run_config(parts, folder, **changes):
     """`model`, `data` and fields of TrainConfig."""
     model = changes.pop("model", tiny.model_config(parts))
     data = changes.pop("data", tiny.data_config(parts))
-    settings = {"steps": 4, "batch_size": 3, "learning_rate": 1e-2, "log_steps": 1, "save_steps": 1000} | changes
+    settings = {
+        "steps": 4,
+        "batch_size": 3,
+        "learning_rate": 1e-2,
+        "log_steps": 1,
+        "save_steps": 1000,
+        "workers": 0,
+    } | changes
     return Config(model, data, TrainConfig(output=str(folder), **settings))
 
 
@@ -105,7 +112,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(parts, tmp_path):
     config = run_config(parts, tmp_path, steps=8, save_steps=4, model=model)
     whole, report = train(config)
     shutil.rmtree(tmp_path / "checkpoint-8")
-    for file in (*tmp_path.glob("*.safetensors"), tmp_path / "train.json"):
+    for file in (*tmp_path.glob("*.safetensors"), tmp_path / "train.json", tmp_path / "manifest.json"):
         file.unlink()
     again, resumed = train(config, resume=True)
     assert resumed["steps"] == 8 and losses(resumed) == losses(report)
@@ -251,7 +258,7 @@ def test_bad_images_end_the_run_before_it_starts(parts, tmp_path):
     (tmp_path / "six/train.json").write_text(json.dumps(items))
     with pytest.raises(ValueError, match=r"1 of 6 records have an unreadable image .*nowhere\.png"):
         train(run_config(parts, tmp_path / "run", data=data))
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_features_are_kept_in_the_cache(parts, tmp_path, monkeypatch):
@@ -259,7 +266,7 @@ def test_features_are_kept_in_the_cache(parts, tmp_path, monkeypatch):
     assert registry.default_cache() == tmp_path / "cache/octavius"
     data = tiny.data_config(parts, cache_features=True)
     _, kept = train(run_config(parts, tmp_path / "kept", data=data))
-    assert len(list((tmp_path / "cache/octavius/features").glob("*.f16"))) == 1
+    assert len(list((tmp_path / "cache/octavius/features").glob("*/ready/rows.f16"))) == 1
     _, fresh = train(run_config(parts, tmp_path / "fresh"))
     assert losses(kept) == pytest.approx(losses(fresh), rel=1e-2)
 

@@ -3,14 +3,17 @@
 import io
 import os
 import struct
+import subprocess
 
 import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet
+from moe_lora import storage
 from PIL import Image
 from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from octavius.assets import registry
+from octavius.vision import features
 from octavius.vision.features import FeatureStore
 from octavius.vision.towers import CLIP, EfficientNetTower, ViTTower, load_tower
 from tests.support import tiny
@@ -175,12 +178,74 @@ def test_changed_image_is_computed_anew(tower, images, tmp_path):
     assert sum(seen) == 10 and not torch.equal(again(images)[1], before[1])
 
 
-def test_store_that_was_cut_short_is_computed_anew(tower, images, tmp_path):
+@pytest.mark.parametrize("name", ["index.json", "manifest.json", "rows.f16"])
+@pytest.mark.parametrize("how", ["delete", "cut"])
+def test_shard_that_is_not_whole_is_computed_anew(tower, images, tmp_path, name, how):
     FeatureStore(tower, tmp_path / "cache").prepare(images)
-    (index,) = (tmp_path / "cache").glob("*.json")
-    index.unlink()  # it is written last
+    (file,) = (tmp_path / "cache").glob(f"*/ready/{name}")
+    if how == "delete":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size // 2)
     seen, store = count(tower), FeatureStore(tower, tmp_path / "cache")
     assert store.prepare(images) == {} and sum(seen) == 5 and store(images).isfinite().all()
+
+
+def test_damaged_row_is_refused_by_name(tower, images, tmp_path):
+    store = FeatureStore(tower, tmp_path / "cache")
+    store.prepare(images)
+    (file,) = (tmp_path / "cache").glob("*/ready/rows.f16")
+    size = 2 * tower.tokens * tower.width
+    with file.open("r+b") as stream:
+        stream.seek(2 * size + 5)
+        stream.write(b"\xff")
+    order = sorted(images)
+    assert store([order[1], order[3]]).isfinite().all()
+    with pytest.raises(storage.DamagedError, match=rf"rows\.f16: the features of {order[2]} are damaged"):
+        store([order[1], order[2]])
+
+
+def test_features_that_are_not_finite_are_not_kept(tower, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(tower, "features", lambda pixels: torch.full((len(pixels), 4, 32), torch.nan).half())
+    with pytest.raises(ValueError, match=r"features of .*png must be finite"):
+        FeatureStore(tower, tmp_path / "cache").prepare(images)
+    assert not list((tmp_path / "cache").glob("*/ready"))
+
+
+def test_shards_are_shared_out_among_processes(tower, images, tmp_path, monkeypatch):
+    """Three processes at once compute each of the five shards once, and all read the same."""
+    monkeypatch.setattr(features, "SHARD", 1)
+    children = []
+    for rank in range(3):
+        if (child := os.fork()) == 0:
+            try:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3"}
+                torch.set_num_threads(1)
+                seen, store = count(tower), FeatureStore(tower, tmp_path / "cache")
+                store.prepare(images)
+                torch.save((sum(seen), store(images)), tmp_path / f"{rank}.pt")
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    assert sum(count for count, _ in results) == 5
+    assert all(torch.equal(results[0][1], rows) for _, rows in results)
+
+
+def test_full_disk_while_features_are_computed_is_one_error(tower, images, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        (disk / "fill").write_bytes(bytes(8192))
+        with pytest.raises(storage.DiskFullError, match="the disk is full"):
+            FeatureStore(tower, disk / "cache").prepare(images * 1)
+        assert not list(disk.glob("cache/*/ready"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def spoil(images):
