@@ -151,13 +151,19 @@ def evaluate_command(
 
 
 @app.command("score")
-def score_command(files: Annotated[list[Path], typer.Argument(help="Files of answers that eval wrote.")]) -> None:
+def score_command(
+    files: Annotated[list[Path], typer.Argument(help="Files of answers that eval wrote.")],
+    meteor: Annotated[bool | None, typer.Option(help="METEOR of captions; on where Java is.")] = None,
+    upstream: Annotated[bool, typer.Option("--upstream-metrics", help="Also as the released code counts.")] = False,
+) -> None:
     """Score written answers anew, without the model."""
+    from octavius.evaluation.captions import has_java
     from octavius.evaluation.evaluate import read_answers
     from octavius.evaluation.scoring import score
     from octavius.report.tables import score_table
 
-    console.print(score_table({"scores": {"moe": score(read_answers(files))}}))
+    java = has_java() if meteor is None else meteor
+    console.print(score_table({"scores": {"moe": score(read_answers(files), java, upstream)}}))
 
 
 @app.command("pretrain-points")

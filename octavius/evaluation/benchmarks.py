@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from octavius.data.loading import Scenes, data_folder, read_scenes
+from octavius.data.meta_files import read_clouds, read_images, read_llava
 from octavius.data.records import Record, read_records
 from octavius.evaluation.metrics import METRICS, Metric
 from octavius.registry import Registry
@@ -99,6 +100,14 @@ def _images(file: Path) -> tuple[list[Record], Scenes]:
     return read_records(file), {}
 
 
+def _images_of(name: str, metric: str) -> Reader:
+    return lambda folder: (read_images(folder, name, metric), {})
+
+
+def _clouds_of(name: str, metric: str) -> Reader:
+    return lambda folder: read_clouds(folder, name, metric)
+
+
 for _name, _title, _metric in (
     ("mini-detection", "Detection", "detection"),
     ("mini-vqa", "Visual QA", "choice"),
@@ -112,3 +121,24 @@ for _name, _title, _metric in (
 ):
     _data = "mini-scan2inst:demo" if _name.endswith("3d") else "mini-lamm:demo"
     register_benchmark(_name, Benchmark(_title, METRICS[_metric], _mini(_name), _data))
+
+for _name, _title, _file, _metric, _inferencer in (
+    ("voc2012-detection", "VOC2012 detection", "Detection_VOC2012", "detection", "Direct"),
+    ("scienceqa", "ScienceQA", "VQA_ScienceQA", "choice", "CoT"),
+    ("flickr30k", "Flickr30k captioning", "Caption_flickr30k", "caption", "Direct"),
+    ("cifar10", "CIFAR10", "Classification_CIFAR10", "classification", "Direct"),
+    ("celeba-hair", "CelebA hair", "Facial_Classification_CelebA(Hair)", "attribute", "Direct"),
+    ("celeba-smile", "CelebA smile", "Facial_Classification_CelebA(Smile)", "attribute", "Direct"),
+):
+    register_benchmark(
+        _name, Benchmark(_title, METRICS[_metric], _images_of(f"{_file}.json", _metric), inferencer=_inferencer)
+    )
+for _name, _title, _file, _metric in (
+    ("scannet-caption", "ScanNet captioning", "Caption_scannet", "caption"),
+    ("scannet-vqa", "ScanNet VQA", "VQA_scannet", "caption"),
+    ("scannet-classification", "ScanNet classification", "Classification_scannet", "classification"),
+    ("shapenet-classification", "ShapeNet classification", "Classification_shapenet", "classification"),
+    ("nr3d-caption", "Nr3D captioning", "Caption_nr3d", "caption"),
+):
+    register_benchmark(_name, Benchmark(_title, METRICS[_metric], _clouds_of(_file, _metric)))
+register_benchmark("llava", Benchmark("LLaVA's set", METRICS["caption"], lambda folder: (read_llava(folder), {})))

@@ -1,4 +1,4 @@
-"""Recall and precision of boxes.
+"""Recall and precision of boxes, and COCO's mAP where boxes have confidences.
 
     recall = Σ_p hits_p / Σ_p references_p        precision = Σ_p hits_p / Σ_p predictions_p       p an image
 
@@ -6,9 +6,14 @@ where hits_p is the largest one-to-one matching of pairs whose IoU reaches the t
 labels agree). A box counts as it was said: coordinates outside 0..1 are neither cut nor dropped.
 """
 
+import contextlib
+import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
 from octavius.evaluation.intervals import bootstrap, ratio
@@ -17,6 +22,8 @@ from octavius.evaluation.parsing import Box
 Predicted = Sequence[tuple[str | None, Box]]  # of one image, as `parse_boxes` returns them
 Reference = Sequence[tuple[str, Box]]
 THRESHOLDS = (0.5, 0.25)
+SCALE = 1000.0  # pycocotools thinks in pixels
+AP_ROUNDS, AP_WORK = 200, 100_000  # resamples of mAP, and images in all of them
 RATES = {"recall": (0, 3), "precision": (0, 2), "recall_any_class": (1, 3), "precision_any_class": (1, 2)}
 
 
@@ -50,6 +57,67 @@ def detection_scores(
         for name, (over, under) in RATES.items():
             intervals[f"{name}@{iou}"] = bootstrap(counts[:, over], counts[:, under])
     return values, intervals
+
+
+def average_precision(
+    predictions: Sequence[Sequence[tuple[str | None, Box, float]]], references: Sequence[Reference]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """COCO's mAP over IoU 0.5 to 0.95 and at 0.5, by pycocotools, with bootstrap intervals over images.
+
+    A class counts if some reference has it. Boxes are in fractions of the image, so size ranges are not reported.
+
+    Args:
+        predictions: per image (label, box, confidence).
+        references: per image (label, box).
+    """
+    names = {name: index for index, name in enumerate(sorted({_folded(r[0]) for rows in references for r in rows}), 1)}
+    truth = [
+        {"id": number, "image_id": image, "category_id": names[_folded(label)], "bbox": _corner_size(box), "iscrowd": 0}
+        | {"area": 1.0}
+        for number, (image, label, box) in enumerate(
+            ((image, label, box) for image, rows in enumerate(references) for label, box in rows), 1
+        )
+    ]
+    said = [
+        {"image_id": image, "category_id": names[_folded(label)], "bbox": _corner_size(box), "score": score}
+        for image, rows in enumerate(predictions)
+        for label, box, score in rows
+        if _folded(label) in names
+    ]
+    keys = ("mAP", "mAP@0.5")
+    if not truth or not said:
+        return dict.fromkeys(keys, 0.0), {key: [0.0, 0.0] for key in keys}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+        coco: Any = COCO()
+        coco.dataset = {"images": [{"id": image} for image in range(len(references))], "annotations": truth}
+        coco.dataset["categories"] = [{"id": index, "name": name} for name, index in names.items()]
+        coco.createIndex()
+        scorer: Any = COCOeval(coco, coco.loadRes(said), "bbox")
+        scorer.params.areaRng, scorer.params.areaRngLbl = [[0, 1e10]], ["all"]
+        scorer.params.maxDets = [100]
+        scorer.evaluate()
+        values = _average(scorer)
+        table = np.array(scorer.evalImgs, dtype=object).reshape(len(names), len(references))  # [classes, images]
+        rng, draws = np.random.default_rng(0), []
+        for _ in range(min(AP_ROUNDS, max(20, AP_WORK // len(references)))):
+            scorer.evalImgs = table[:, rng.integers(0, len(references), len(references))].ravel().tolist()
+            draws.append(_average(scorer))
+    low, high = np.percentile(np.array(draws), (2.5, 97.5), axis=0)
+    return dict(zip(keys, values, strict=True)), {
+        key: [float(a), float(b)] for key, a, b in zip(keys, low, high, strict=True)
+    }
+
+
+def _average(scorer: Any) -> tuple[float, float]:
+    scorer.accumulate()
+    precision = scorer.eval["precision"]  # [thresholds, recalls, classes, 1, 1]; -1 for a class without reference
+    whole, half = precision[precision > -1], precision[0][precision[0] > -1]
+    return float(whole.mean()) if whole.size else 0.0, float(half.mean()) if half.size else 0.0
+
+
+def _corner_size(box: Box) -> list[float]:
+    x1, y1, x2, y2 = (SCALE * value for value in box)
+    return [x1, y1, x2 - x1, y2 - y1]
 
 
 def detection_counts(predictions: Sequence[Predicted], references: Sequence[Reference], iou: float) -> np.ndarray:

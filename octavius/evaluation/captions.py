@@ -1,26 +1,28 @@
-"""CIDEr, BLEU-1..4 and ROUGE-L of captions, by pycocoevalcap.
+"""CIDEr, BLEU-1..4, ROUGE-L and METEOR of captions, by pycocoevalcap.
 
 Samples are keyed by their index, so none overwrites another (upstream keys by scene). CIDEr weighs an n-gram by its
 rarity among the references of *this* test set: it is 0 for a single sample, unstable for a few dozen, and never
 comparable between test sets. Values are pycocoevalcap's: CIDEr 0..10, the others 0..1; papers print them × 100.
 """
 
-import re
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
 from octavius.evaluation.intervals import bootstrap, interval_of
+from octavius.evaluation.tokenizer import tokenize
 
 ORDERS = 4  # BLEU-1 to BLEU-4
 TINY, SMALL = 1e-15, 1e-9  # pycocoevalcap's, which keep BLEU's fractions above 0
 
 
 def caption(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """CIDEr, BLEU-1..4 and ROUGE-L over lower-cased words without punctuation.
+    """CIDEr, BLEU-1..4 and ROUGE-L over the words that `tokenize` makes.
 
     Args:
         predictions: one caption per sample.
@@ -35,8 +37,8 @@ def caption_scores(
     """The scores, and their bootstrap intervals over samples."""
     if len(predictions) != len(references):
         raise ValueError(f"all lists must have one entry per sample, got {[len(predictions), len(references)]}")
-    answers = {i: [words(text)] for i, text in enumerate(predictions)}
-    truths = {i: [words(text) for text in checked(texts)] for i, texts in enumerate(references)}
+    answers = {i: [tokenize(text)] for i, text in enumerate(predictions)}
+    truths = {i: [tokenize(text) for text in checked(texts)] for i, texts in enumerate(references)}
     names = ("CIDEr", *(f"BLEU-{n}" for n in range(1, ORDERS + 1)), "ROUGE-L")
     if not answers:
         return dict.fromkeys(names, 0.0), {name: [0.0, 0.0] for name in names}
@@ -50,9 +52,25 @@ def caption_scores(
     return values, {name: intervals[name] for name in names}
 
 
-def words(text: str) -> str:
-    """Lower-cased words without punctuation, joined by spaces."""
-    return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower()))
+def meteor_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """METEOR by the Java program that pycocoevalcap brings, and its interval over samples' own scores.
+
+    Raises:
+        ValueError: there is no Java.
+    """
+    if not has_java():
+        raise ValueError("METEOR needs Java on the PATH, found none; leave METEOR out or install a Java runtime")
+    scorer = Meteor()
+    answers = {i: [tokenize(text)] for i, text in enumerate(predictions)}
+    value, of_samples = scorer.compute_score({i: list(map(tokenize, t)) for i, t in enumerate(references)}, answers)
+    return {"METEOR": float(value)}, {"METEOR": bootstrap(np.asarray(of_samples))}
+
+
+def has_java() -> bool:
+    """Whether METEOR can run here."""
+    return shutil.which("java") is not None
 
 
 def checked(texts: Sequence[str]) -> Sequence[str]:
@@ -61,7 +79,7 @@ def checked(texts: Sequence[str]) -> Sequence[str]:
     Raises:
         ValueError: they are not a list of texts with words.
     """
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and words(text) for text in texts):
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and tokenize(text) for text in texts):
         raise ValueError(f"reference captions must be a list of one or more texts with words, got {texts!r}")
     return texts
 

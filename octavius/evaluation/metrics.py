@@ -12,10 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from octavius.evaluation.boxes import detection_scores
+from octavius.evaluation.boxes import average_precision, detection_scores
 from octavius.evaluation.captions import caption_scores, checked
 from octavius.evaluation.intervals import bootstrap
-from octavius.evaluation.parsing import Box, mentions, parse_boxes, parse_choice, parse_label, says_none
+from octavius.evaluation.parsing import (
+    Box,
+    mentions,
+    parse_boxes,
+    parse_choice,
+    parse_confident_boxes,
+    parse_label,
+    says_none,
+)
 from octavius.inputs.boxes import fraction_box
 
 Row = Mapping[str, Any]  # an answered record: `prediction`, the answer's text, and the ground truth
@@ -124,7 +132,14 @@ def _scene_answer(row: Row) -> str:
 
 
 def _score_detection(rows: Sequence[Row]) -> Scores:
-    return detection_scores([parse_boxes(row["prediction"], row["labels"]) for row in rows], [_boxes(r) for r in rows])
+    said = [parse_confident_boxes(row["prediction"], row["labels"]) for row in rows]
+    references = [_boxes(row) for row in rows]
+    values, intervals = detection_scores([[box[:2] for box in boxes] for boxes in said], references)
+    scored = [[(label, box, score) for label, box, score in boxes if score is not None] for boxes in said]
+    if any(scored) and sum(map(len, scored)) == sum(map(len, said)):  # every box has a confidence
+        precision = average_precision(scored, references)
+        values, intervals = values | precision[0], intervals | precision[1]
+    return values, intervals
 
 
 def _score_captions(rows: Sequence[Row]) -> Scores:

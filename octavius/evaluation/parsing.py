@@ -29,7 +29,8 @@ class Mention(NamedTuple):
 def parse_boxes(text: str, labels: Sequence[str]) -> list[tuple[str | None, Box]]:
     """Boxes of an answer, in order, each with its label.
 
-    A box is four finite numbers in square or round brackets with x1 <= x2 and y1 <= y2; anything else is skipped. Its
+    A box is four finite numbers in square or round brackets with x1 <= x2 and y1 <= y2, or five, the last of which is
+    a confidence; anything else is skipped. Its
     label is looked for in its sentence, as whole words, longest first, singular or plural: where a label stands
     before the sentence's first box, a box takes the nearest label before it ("a bird at [...] and a cat at [...]"),
     otherwise the nearest after it ("at [...] there is an object of the cat category"). Never raises.
@@ -38,7 +39,12 @@ def parse_boxes(text: str, labels: Sequence[str]) -> list[tuple[str | None, Box]
         text: the answer.
         labels: names to look for; the label is returned as spelt here.
     """
-    boxes = [(match, box) for match in BRACKETS.finditer(text) if (box := _numbers(match[1])) is not None]
+    return [(label, box) for label, box, _ in parse_confident_boxes(text, labels)]
+
+
+def parse_confident_boxes(text: str, labels: Sequence[str]) -> list[tuple[str | None, Box, float | None]]:
+    """As `parse_boxes`, with each box's confidence: a fifth number in its brackets; None where there is none."""
+    boxes = [(match, numbers) for match in BRACKETS.finditer(text) if (numbers := _numbers(match[1])) is not None]
     masked = _masked(text, [match.span() for match, _ in boxes])
     named = mentions(masked, labels)
     inside = iter(named)  # a stop within a name is none: "a St. Bernard"
@@ -52,8 +58,8 @@ def parse_boxes(text: str, labels: Sequence[str]) -> list[tuple[str | None, Box]
     for mention in named:
         sentences.setdefault(bisect(stops, mention.start), []).append(mention)
     first: dict[int, int] = {}
-    found: list[tuple[str | None, Box]] = []
-    for match, box in boxes:
+    found: list[tuple[str | None, Box, float | None]] = []
+    for match, (box, confidence) in boxes:
         start, sentence = match.start(), bisect(stops, match.start())
         first.setdefault(sentence, start)
         own = sentences.get(sentence, [])
@@ -62,7 +68,7 @@ def parse_boxes(text: str, labels: Sequence[str]) -> list[tuple[str | None, Box]
         label_first = bool(own) and own[0].start < first[sentence]
         nearest = before if label_first else after or before
         if box[0] <= box[2] and box[1] <= box[3]:
-            found.append((nearest.label if nearest else None, box))
+            found.append((nearest.label if nearest else None, box, confidence))
     return found
 
 
@@ -149,12 +155,16 @@ def _numbers_of(word: str) -> list[str]:
     return [form for form in forms if len(form) > 2]
 
 
-def _numbers(text: str) -> Box | None:
+def _numbers(text: str) -> tuple[Box, float | None] | None:
+    """A box of four finite numbers, and the confidence that a fifth is."""
     try:
-        x1, y1, x2, y2 = (float(part) for part in re.split(r"\s*[,;]\s*|\s+", text.strip()))
+        values = [float(part) for part in re.split(r"\s*[,;]\s*|\s+", text.strip())]
     except ValueError:
         return None
-    return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else None
+    if len(values) not in (4, 5) or not all(map(math.isfinite, values)):
+        return None
+    x1, y1, x2, y2, *confidence = values
+    return (x1, y1, x2, y2), confidence[0] if confidence else None
 
 
 def _masked(text: str, spans: list[tuple[int, int]]) -> str:

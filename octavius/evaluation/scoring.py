@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavius.evaluation.benchmarks import BENCHMARKS
+from octavius.evaluation.captions import meteor_scores
 from octavius.evaluation.metrics import METRICS, Metric
+from octavius.evaluation.upstream import upstream_scores
 
 
-def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def score(
+    records: Sequence[Mapping[str, Any]], meteor: bool = False, upstream: bool = False
+) -> dict[str, dict[str, Any]]:
     """Scores of the answered records, one entry per benchmark that occurs, in the registry's order.
 
     Args:
@@ -16,6 +20,8 @@ def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             `labels`; choice `gt_choice` (index or letter) and `gt_choices`; attribute `attr` and `labels`;
             scene-answer `label`, `labels` and `sentences`, and `accepted`, the labels of which an answer must name at
             least one, where people answered. A record of a benchmark that is not registered says its `metric`.
+        meteor: add METEOR to captions; needs Java.
+        upstream: add what the released code would print, faults included, see `octavius.evaluation.upstream`.
     Returns:
         {benchmark: {"title": its row in the tables, "n": samples, "unparsable": answers out of which nothing could be
         read, "main": name of the main value, "intervals": {value's name: [low, high]}, value's name: value, ...}}.
@@ -34,6 +40,11 @@ def score(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for name in dict.fromkeys((*order, *groups)):
         rows, metric = groups[name], metric_of(groups[name][0])
         values, intervals = metric.score(rows)
+        if meteor and "sentences" in metric.keys:
+            more = meteor_scores([row["prediction"] for row in rows], [row["sentences"] for row in rows])
+            values, intervals = values | more[0], intervals | more[1]
+        if upstream:
+            values = values | upstream_scores(metric, rows)
         scores[name] = {
             "title": BENCHMARKS[name].title if name in BENCHMARKS else name,
             "n": len(rows),

@@ -30,8 +30,9 @@ BROKEN = Benchmark
 
 
 @pytest.fixture(autouse=True)
-def _own_names(monkeypatch):
-    """What a test registers is gone after it."""
+def _own_names(monkeypatch, tmp_path):
+    """What a test registers is gone after it, and what it caches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(BENCHMARKS, "parts", dict(BENCHMARKS.parts))
 
 
