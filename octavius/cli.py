@@ -204,7 +204,10 @@ def benchmark_table() -> Table:
     """Every benchmark with its title, main metric and data; one that cannot be loaded, with the reason."""
     from octavius.evaluation.benchmarks import BENCHMARKS
 
-    table = Table("benchmark", "title", "metric", "data")
+    table = Table()
+    table.add_column("benchmark", no_wrap=True)
+    for name in ("title", "metric", "data"):
+        table.add_column(name)
     for name in BENCHMARKS:
         try:
             entry = BENCHMARKS[name]

@@ -145,7 +145,7 @@ class Config:
 
 COUNT, AMOUNT, FRACTION = Range(1), Range(0), Range(0, 1)
 RANGES: dict[type, dict[str, Range]] = {  # of every numeric field, checked when a configuration is read
-    GateConfig: {"load_balancing": AMOUNT},
+    GateConfig: {"load_balancing": AMOUNT, "balance_bias": AMOUNT},
     CloudConfig: {
         "width": COUNT,
         "queries": COUNT,
@@ -153,7 +153,7 @@ RANGES: dict[type, dict[str, Range]] = {  # of every numeric field, checked when
         "layers": COUNT,
         "dropout": Range(0, 1, below=True),
     },
-    ModelConfig: {"tower_layer": Range(-200, 200), "tower_merge": COUNT},  # a tower knows its own layers
+    ModelConfig: {"llm_layers": COUNT, "tower_layer": Range(-200, 200), "tower_merge": COUNT},  # a tower knows its own
     DataConfig: {
         **dict.fromkeys(("loop", "loop_3d", "loop_detection", "detection_first"), AMOUNT),
         "max_tokens": COUNT,
@@ -163,6 +163,8 @@ RANGES: dict[type, dict[str, Range]] = {  # of every numeric field, checked when
         "steps": Range(1, also=(-1,)),
         "epochs": Range(0, above=True),
         "learning_rate": Range(0, above=True),
+        "gate_rate": Range(0, above=True),
+        "beta2": Range(0, 1, below=True),
         "weight_decay": AMOUNT,
         "warmup": FRACTION,
         "max_grad_norm": AMOUNT,
