@@ -1,7 +1,8 @@
 """Octavius: one LLM decoder, several modalities, low-rank experts chosen once per instance (arXiv 2311.02684).
 
 `Octavius` is the model, `load_config` reads a run's configuration, `train`, `evaluate` and `chat` do what the commands
-of those names do. Each is imported when it is first used, so that `import octavius` costs nothing.
+of those names do. `Benchmark`, `register_benchmark` and `register_tower` add parts by name. Each is imported when it is
+first used, so that `import octavius` costs nothing.
 """
 
 import importlib
@@ -9,14 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octavius.config import load_config
+    from octavius.evaluation.benchmarks import Benchmark, register_benchmark
     from octavius.evaluation.evaluate import evaluate
     from octavius.model.octavius import Octavius
     from octavius.session import chat
     from octavius.training.train import train
+    from octavius.vision.towers import register_tower
 
-__all__ = ["Octavius", "chat", "evaluate", "load_config", "train"]
+__all__ = [
+    "Benchmark",
+    "Octavius",
+    "chat",
+    "evaluate",
+    "load_config",
+    "register_benchmark",
+    "register_tower",
+    "train",
+]
 
 _MODULES = {
+    "Benchmark": "octavius.evaluation.benchmarks",
+    "register_benchmark": "octavius.evaluation.benchmarks",
+    "register_tower": "octavius.vision.towers",
     "Octavius": "octavius.model.octavius",
     "chat": "octavius.session",
     "evaluate": "octavius.evaluation.evaluate",

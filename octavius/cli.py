@@ -111,6 +111,7 @@ def evaluate_command(
     file: Annotated[str, typer.Option(help="With --config: the file of questions under `data.root`.")] = "test.json",
     benchmark: Annotated[list[str] | None, typer.Option(help="A benchmark's name. May be repeated.")] = None,
     data: Annotated[str | None, typer.Option(help="With --benchmark: its folder, or such as mini-lamm:mini.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe of ChEF: its benchmark, folder and options.")] = None,
     inferencer: Annotated[str | None, typer.Option(help="Direct, PPL or CoT; the benchmark's when left out.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions that the model gets at once.")] = 32,
     shard: Annotated[str | None, typer.Option(help="NUMBER/COUNT, such as 1/2: answer this part alone.")] = None,
@@ -124,28 +125,34 @@ def evaluate_command(
     if listed:
         console.print(benchmark_table())
         return
-    if bool(config) == bool(benchmark):
-        raise ValueError("eval needs either --benchmark NAME or --config CONFIG; eval --list names the benchmarks")
+    if bool(config) + bool(benchmark) + bool(recipe) != 1:
+        raise ValueError("eval needs one of --benchmark NAME, --config and --recipe; eval --list names the benchmarks")
+    from dataclasses import replace
+
     from octavius.config import load_config
     from octavius.data.loading import load_data
     from octavius.evaluation.answering import Plan, answer_file, parse_shard
+    from octavius.evaluation.chef import read_recipe
     from octavius.evaluation.evaluate import exchange_images, load_benchmarks, read_answers
     from octavius.evaluation.scoring import score
     from octavius.model.octavius import Octavius
     from octavius.report.tables import score_table
 
+    plan = Plan(batch_size, None, inferencer, parse_shard(shard))
+    if recipe:
+        read = read_recipe(recipe)
+        benchmark, data, plan = [read.benchmark], data or read.data, replace(read.plan, shard=plan.shard)
     loaded = Octavius.from_folder(model)
     if config:
         records, stores = load_data(load_config(config, settings).data, file, **loaded.readers())
     else:
         records, stores = load_benchmarks(benchmark or [], data, **loaded.readers())
-    plan = Plan(batch_size, None, inferencer, parse_shard(shard))
     name = "+".join(benchmark or [Path(file).stem]) + (f"-{plan.shard[0]}-of-{plan.shard[1]}" if shard else "")
     folder = output or model
     scores = {}
-    for column, asked in (("moe", records), ("blind", exchange_images(records))):
+    for column, questions in (("moe", records), ("blind", exchange_images(records))):
         path = folder / f"answers-{name}{'-blind' if column == 'blind' else ''}.jsonl"
-        answer_file(loaded, asked, stores, path, plan)
+        answer_file(loaded, questions, stores, path, plan)
         scores[column] = score(read_answers([path]))
     console.print(score_table({"scores": scores}), f"answers in {folder}/answers-{name}.jsonl")
 

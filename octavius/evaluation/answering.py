@@ -96,8 +96,10 @@ def answer_batches(
     try:
         for batch in track(batches, description="answers"):
             if not skip.issuperset(batch.rows):
-                asked = Questions([records[row] for row in batch.rows], [samples[row] for row in batch.rows], collate)
-                texts, weights = inferencer(batch.inferencer)(model, asked, batch.max_new_tokens)
+                questions = Questions(
+                    [records[row] for row in batch.rows], [samples[row] for row in batch.rows], collate
+                )
+                texts, weights = inferencer(batch.inferencer)(model, questions, batch.max_new_tokens)
                 yield batch.rows, texts, weights.float().cpu()
     finally:
         model.train(was_training)

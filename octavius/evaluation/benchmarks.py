@@ -76,10 +76,10 @@ def benchmark_records(name: str, data: str | Path | None = None) -> tuple[list[R
     records, scenes = benchmark.read(folder)
     if not records:
         raise ValueError(f"{folder}: must hold records of benchmark {name}, got none")
-    return [_asked(record, name, benchmark) for record in records], scenes
+    return [_prompted(record, name, benchmark) for record in records], scenes
 
 
-def _asked(record: Record, name: str, benchmark: Benchmark) -> Record:
+def _prompted(record: Record, name: str, benchmark: Benchmark) -> Record:
     *before, (question, answer) = record.turns
     turns = [*before, (benchmark.prompt.replace("{question}", question), answer)]
     truth = {key: value for key, value in record.truth.items() if key != "metric"} | {"benchmark": name}

@@ -56,30 +56,41 @@ def reasoned(model: Octavius, questions: Questions, max_new_tokens: int) -> tupl
     return [f"{thought}{CONCLUSION} {text}" for thought, text in zip(thoughts, answers, strict=True)], weights
 
 
-@torch.no_grad()
 def likeliest(model: Octavius, questions: Questions, max_new_tokens: int) -> tuple[list[str], Tensor]:
     """The choice with the lowest mean loss per token, the end of the answer included.
 
     Raises:
         ValueError: a question offers no choices.
     """
-    rows, owners, texts = [], [], []
-    for index, (record, sample) in enumerate(zip(questions.records, questions.samples, strict=True)):
-        for choice in _choices(record):
-            tokens = [*model.conversation.tokens(f" {choice.strip()}"), model.conversation.eos]
-            rows.append(_extended(sample, tokens, learn=True))
-            owners.append(index)
-            texts.append(choice)
+    choices = [_choices(record) for record in questions.records]
+    losses, weights = choice_losses(model, questions, choices)
+    best, texts, start = [], [], 0
+    for options in choices:
+        row = start + int(losses[start : start + len(options)].argmin())
+        best.append(row)
+        texts.append(options[row - start])
+        start += len(options)
+    return texts, weights[best]
+
+
+@torch.no_grad()
+def choice_losses(model: Octavius, questions: Questions, choices: list[list[str]]) -> tuple[Tensor, Tensor]:
+    """Mean loss per token of every choice of every question, one after the other, and the experts' weights.
+
+    Args:
+        choices: answers for each question.
+    Returns:
+        losses [M] and weights [M, E], M choices in all.
+    """
+    rows = [
+        _extended(sample, [*model.conversation.tokens(f" {text.strip()}"), model.conversation.eos], learn=True)
+        for sample, options in zip(questions.samples, choices, strict=True)
+        for text in options
+    ]
     collate = Collator(questions.collate.pad, questions.collate.features, False, questions.collate.objects)
     size = max(1, len(questions.records))
     parts = [_losses(model, collate(rows[start : start + size])) for start in range(0, len(rows), size)]
-    losses = torch.cat([loss for loss, _ in parts]).tolist()
-    weights = torch.cat([gates for _, gates in parts])
-    best = [
-        min((row for row, owner in enumerate(owners) if owner == index), key=lambda row: losses[row])
-        for index in range(len(questions.records))
-    ]
-    return [texts[row] for row in best], weights[best]
+    return torch.cat([losses for losses, _ in parts]).cpu(), torch.cat([gates for _, gates in parts]).cpu()
 
 
 INFERENCERS: dict[str, Infer] = {"Direct": direct, "PPL": likeliest, "CoT": reasoned}

@@ -142,7 +142,31 @@ def test_benchmark_of_an_installed_package_is_listed_and_scored(installed, parts
 def test_eval_needs_one_source_of_questions():
     for given in ([], ["--config", "demo", "--benchmark", "mini-vqa"]):
         done = CliRunner().invoke(cli.app, ["eval", *given])
-        assert done.exit_code == 1 and "either --benchmark NAME or --config" in str(done.exception)
+        assert done.exit_code == 1 and "one of --benchmark NAME, --config and --recipe" in str(done.exception)
+
+
+def test_recipe_of_chef_is_followed(parts, tmp_path):
+    (tmp_path / "meta_file").mkdir()
+    tiny.draw(tmp_path / "0.png", 0)
+    entry = {"query": "What?", "image": "0.png", "gt_choice": 0, "gt_choices": ["one", "two"]}
+    (tmp_path / "meta_file/VQA_ScienceQA.json").write_text(json.dumps([entry]))
+    tiny.make(parts).save(tmp_path / "model")
+    inference = "{inferencer_type: PPL, batch_size: 1, max_new_tokens: 4}"
+    scenario = f"{{dataset_name: ScienceQA, base_data_path: {tmp_path}}}"
+    (tmp_path / "recipe.yaml").write_text(f"scenario_cfg: {scenario}\neval_cfg: {{inferencer_cfg: {inference}}}\n")
+    arguments = [
+        "eval",
+        "--recipe",
+        str(tmp_path / "recipe.yaml"),
+        "--model",
+        str(tmp_path / "model"),
+        "--shard",
+        "1/1",
+    ]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    (line,) = (tmp_path / "model/answers-scienceqa-1-of-1.jsonl").read_text().splitlines()
+    assert json.loads(line)["answer"] in ("(A) one", "(B) two")
 
 
 def test_model_must_read_what_the_benchmark_shows(parts, tmp_path):
