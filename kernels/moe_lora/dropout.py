@@ -32,13 +32,14 @@ def keep_scale(p: float) -> float:
     return 65536 / (65536 - threshold(p))
 
 
-def as_seed(seed: int | Tensor | None) -> Tensor:
-    """The seed as a 0-dim int64 tensor; None draws one from torch's default CPU generator.
+def as_seed(seed: int | Tensor | None, device: torch.device | None = None) -> Tensor:
+    """The seed as a 0-dim int64 tensor; None draws one from the device's default generator, and leaves it there.
 
-    That generator is what gradient checkpointing restores, so that a recomputed forward draws the same mask.
+    That generator is what gradient checkpointing restores, so that a recomputed forward draws the same mask; and what a
+    captured CUDA graph advances, so that each replay draws another.
     """
     if seed is None:
-        return torch.randint(2**63 - 1, ())
+        return torch.randint(2**63 - 1, (), device=device)
     if isinstance(seed, Tensor):
         if seed.dim() or seed.dtype != torch.int64:
             raise ValueError(f"seed must be a 0-dim int64 tensor, got {tuple(seed.shape)} {seed.dtype}")

@@ -8,6 +8,7 @@ as a new gate has them. `standardise` sets center and scale, `balance` moves the
 are the same equation.
 """
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -124,7 +125,8 @@ class InstanceGate(nn.Module):
         Raises:
             ValueError: shapes disagree, or a question has no token (seen on the CPU only; elsewhere its mean is 0).
         """
-        with torch.autocast(embeddings.device.type if isinstance(embeddings, Tensor) else "cpu", enabled=False):
+        device = embeddings.device.type if isinstance(embeddings, Tensor) else "cpu"
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # meta knows no autocast
             rows = embeddings.float().flatten(0, 1) if self._checked(embeddings, mask) else self.mean(embeddings, mask)
             logits = ((rows - self.center) * self.scale) @ self.w_gating.float()
             return *self._choose(logits), logits

@@ -66,7 +66,7 @@ def linear_group(
     if dtype is not None:
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    seed = as_seed(seed) if dropout else None
+    seed = as_seed(seed, x.device) if dropout else None
     plan = (routing.experts, routing.gates, routing.offsets, scale, dropout, seed)
     lists = (list(weights), list(biases), list(lora_as), list(lora_bs))
     ys, _ = torch.ops.moe_lora.linear_group(x, *lists, *plan, backend)
@@ -111,42 +111,80 @@ def _fake_backward(
     return grads[0], grads[2 : 2 + members], grads[2 + members :], grads[1]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weights, biases, lora_as, lora_bs, *plan, ctx.backend = inputs
-    experts, gates, offsets, ctx.scale, ctx.dropout, seed = plan
-    ctx.members, ctx.biases = len(weights), [None] * len(weights) if None not in biases else None
-    ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *output[1], experts, gates, offsets, seed)
-    ctx.mark_non_differentiable(*output[1])
-    ctx.set_materialize_grads(False)
+class _Group(torch.autograd.Function):
+    """The derivative of `linear_group`; of its lists the members follow each other: autograd sees no lists."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, members: int, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        lists = [list(flat[i * members : (i + 1) * members]) for i in range(4)]
+        experts, gates, offsets, ctx.scale, ctx.dropout, seed, ctx.backend = plan = flat[4 * members :]
+        ys, hs = ops.below_autograd(torch.ops.moe_lora.linear_group.default, keys, (x, *lists, *plan))
+        ctx.members = members
+        weights, _, lora_as, lora_bs = lists
+        ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *hs, experts, gates, offsets, seed)
+        ctx.mark_non_differentiable(*hs)
+        ctx.set_materialize_grads(False)
+        return (*ys, *hs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        x, *lists, experts, gates, offsets, seed = ctx.saved_tensors
+        members, wanted = ctx.members, ctx.needs_input_grad[2:]  # without keys and members
+        weights, lora_as, lora_bs, hs = (lists[i * members : (i + 1) * members] for i in range(4))
+        need_das, need_dbs = (wanted[1 + i * members : 1 + (i + 1) * members] for i in (2, 3))
+        needs = [wanted[0], wanted[2 + 4 * members], *need_das, *need_dbs]
+        filled = [
+            x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
+            for dy, weight in zip(grads[:members], weights, strict=True)
+        ]
+        plan = (experts, gates, offsets, ctx.scale, ctx.dropout, seed)
+        dx, das, dbs, dgates = torch.ops.moe_lora.linear_group_backward.default(
+            filled, x, weights, lora_as, lora_bs, hs, *plan, ctx.backend, needs
+        )
+        das = [grad if need else None for grad, need in zip(das, need_das, strict=True)]
+        dbs = [grad if need else None for grad, need in zip(dbs, need_dbs, strict=True)]
+        frozen = [None] * (2 * members)
+        dx, dgates = dx if needs[0] else None, dgates if needs[1] else None
+        return None, None, dx, *frozen, *das, *dbs, None, dgates, None, None, None, None, None
 
 
-def _autograd(ctx: Any, dys: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> tuple:
-    x, *lists, experts, gates, offsets, seed = ctx.saved_tensors
-    members = ctx.members
-    weights, lora_as, lora_bs, hs = (lists[i * members : (i + 1) * members] for i in range(4))
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[6], *wanted[3], *wanted[4]]
-    filled = [
-        x.new_zeros(*x.shape[:-1], weight.shape[0]) if dy is None else dy
-        for dy, weight in zip(dys, weights, strict=True)
-    ]
-    plan = (experts, gates, offsets, ctx.scale, ctx.dropout, seed)
-    dx, das, dbs, dgates = torch.ops.moe_lora.linear_group_backward(
-        filled, x, weights, lora_as, lora_bs, hs, *plan, ctx.backend, needs
-    )
-    das = [grad if need else None for grad, need in zip(das, wanted[3], strict=True)]
-    dbs = [grad if need else None for grad, need in zip(dbs, wanted[4], strict=True)]
-    dx, dgates = dx if wanted[0] else None, dgates if wanted[6] else None
-    return dx, [None] * members, ctx.biases, das, dbs, None, dgates, None, None, None, None, None
+def _apply(keys: Any, x: Tensor, *call: Any) -> tuple[list[Tensor], list[Tensor]]:
+    lists, plan = call[:4], call[4:]
+    members = len(lists[0])
+    found = _Group.apply(keys, members, x, *[tensor for each in lists for tensor in each], *plan)
+    return list(found[:members]), list(found[members:])
 
 
-def _autograd_of_backward(ctx: Any, *grads: Any) -> tuple:
-    raise RuntimeError("moe_lora.linear_group has no second derivative; do not use create_graph=True through it")
+class _GroupBackward(torch.autograd.Function):
+    """There is no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, lists: tuple, *flat: Any) -> tuple[Tensor, ...]:
+        members, rest = lists
+        parts = [list(flat[1 + i * members : 1 + (i + 1) * members]) for i in range(5)]
+        call = (parts[0], flat[0], *parts[1:], *flat[1 + 5 * members :], *rest)
+        dx, das, dbs, dgates = ops.below_autograd(torch.ops.moe_lora.linear_group_backward.default, keys, call)
+        return (dx, *das, *dbs, dgates)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        raise RuntimeError("moe_lora.linear_group has no second derivative; do not use create_graph=True through it")
+
+
+def _apply_backward(keys: Any, dys: Sequence[Tensor], x: Tensor, *call: Any) -> tuple:
+    lists, plan, rest = (dys, *call[:4]), call[4:10], call[10:]
+    members = len(dys)
+    flat = [tensor for each in lists for tensor in each]
+    dx, *grads, dgates = _GroupBackward.apply(keys, (members, rest), x, *flat, *plan)
+    return dx, grads[:members], grads[members:], dgates
 
 
 _LIBRARY.impl("linear_group", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_group_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("moe_lora::linear_group", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("moe_lora::linear_group_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("moe_lora::linear_group", _autograd, setup_context=_setup_context, lib=_LIBRARY)
-torch.library.register_autograd("moe_lora::linear_group_backward", _autograd_of_backward, lib=_LIBRARY)
+for _op, _applied in (
+    (torch.ops.moe_lora.linear_group.default, _apply),
+    (torch.ops.moe_lora.linear_group_backward.default, _apply_backward),
+):
+    _LIBRARY.impl(_op, ops.derivative(_op, _applied), "Autograd", with_keyset=True)

@@ -81,7 +81,8 @@ class Routing:
     def check(self, shape: torch.Size, num_experts: int) -> None:
         """Raise ValueError unless this routing fits x of this shape and E experts.
 
-        What needs values (one synchronisation on a GPU) is done once per routing, and not at all while compiling.
+        What needs values is looked at once per routing, and not at all while compiling; not by the host if they are on
+        a GPU: there an assertion of the device stops it before the kernels that would use wrong ones.
         """
         N, K = self.experts.shape
         if num_experts < K:
@@ -99,6 +100,13 @@ class Routing:
             self._checked.add((num_experts, T))
 
     def _check_values(self, num_experts: int, T: int) -> None:
+        if self.experts.device.type != "cpu":
+            right = ((self.experts >= 0) & (self.experts < num_experts)).all()
+            torch._assert_async(right, f"experts must be in 0..{num_experts - 1}")
+            if self.offsets is not None:
+                right = (self.offsets[0] == 0) & (self.offsets[-1] == T) & (self.offsets.diff() >= 0).all()
+                torch._assert_async(right, f"offsets must rise from 0 to x's {T} rows")
+            return
         if self.experts.numel():
             low, high = (int(value) for value in self.experts.aminmax())
             if low < 0 or high >= num_experts:

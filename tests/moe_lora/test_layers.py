@@ -154,3 +154,35 @@ def test_layer_bad_input_is_refused():
 def test_config_is_hashable_and_takes_a_list():
     assert MoELoRAConfig(target_modules=["a", "b"]) == MoELoRAConfig(target_modules=("a", "b"))
     assert len({MoELoRAConfig(), MoELoRAConfig()}) == 1
+
+
+def test_nothing_on_another_device_is_read_by_the_host():
+    """On the meta device a read raises; so gate, routing and layers are one stream of work."""
+    gate = moe_lora.InstanceGate(16, 4, 2).to("meta")
+    layer = moe_lora.MoELoRALinear(
+        torch.empty(8, 16, device="meta"), None, moe_lora.MoELoRAConfig(4, 2, 2, dropout=0.2)
+    )
+    routing, _ = gate(torch.empty(3, 5, 16, device="meta"))
+    packed = moe_lora.Routing(routing.experts, routing.gates, torch.empty(4, dtype=torch.int32, device="meta"))
+    assert layer(torch.empty(3, 7, 16, device="meta"), routing).shape == (3, 7, 8)
+    layer(torch.empty(9, 16, device="meta"), packed).sum().backward()
+
+
+def test_compiled_training_step_with_dropout_has_no_node_on_another_device():
+    nodes = []
+
+    def keep(graph, inputs):
+        nodes.extend(graph.graph.nodes)
+        return graph.forward
+
+    layer = moe_lora.MoELoRALinear(
+        torch.empty(8, 16, device="meta"), None, moe_lora.MoELoRAConfig(4, 2, 2, dropout=0.2)
+    )
+    routing = moe_lora.Routing(torch.empty(3, 2, dtype=torch.int32, device="meta"), torch.empty(3, 2, device="meta"))
+    torch._dynamo.reset()
+    step = torch.compile(lambda x: layer(x, routing).sum(), backend=keep, fullgraph=True)
+    step(torch.empty(3, 7, 16, device="meta"))
+    values = [node.meta["example_value"] for node in nodes if "example_value" in node.meta]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert any("randint" in str(node.target) for node in nodes)
+    assert tensors and {tensor.device.type for tensor in tensors} == {"meta"}

@@ -100,9 +100,9 @@ CASES = (
 )
 
 
-# every case on these; on the others, which share an architecture with one of these, those that take most resources
+# every case on these; on the others, of a like architecture, the two with most work and with most irregular sizes
 _EVERY = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
-_MOST = (CASES[0], CASES[4], CASES[7], CASES[10])
+_MOST = (CASES[0], CASES[4])
 PAIRS = tuple((target, case) for target in TARGETS for case in (CASES if target in _EVERY else _MOST))
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lora.backend.triton import backend as triton
+from moe_lora.backend.triton.launch import dropped
 from moe_lora.dropout import keep_mask, keep_scale
 from moe_lora.routing import Plan
 
@@ -90,7 +92,7 @@ def forward(
     if not rows.shape[0]:
         return [y.view(shape)], [x.new_empty(0, plan.experts.shape[1] * lora_a.shape[2])]
     if plan.dropout:
-        rows = rows * _keep(rows, plan)
+        rows = _dropped(rows, plan)
     products = _products(form, rows, lora_a, plan)
     h = products.shrink(rows, lora_a)
     products.expand_onto(y, products.fold(h), lora_b)
@@ -119,7 +121,9 @@ def backward(
         return dx, [da], [db], dgates
     form = form or forms(x, weights, lora_as, plan, needs)[0]
     dy, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    keep = _keep(rows, plan) if plan.dropout and (need_dx or need_da) else None
+    # without a kernel for it, one mask for dx and dA; with one, each makes its own, which is one pass
+    kernel = plan.dropout and triton.drops(rows)
+    keep = _keep(rows, plan) if plan.dropout and not kernel and (need_dx or need_da) else None
     products = _products(form, rows, lora_a, plan)
     dx = da = db = dgates = None
     if need_db:
@@ -132,9 +136,11 @@ def backward(
             dh = products.fold(ds)
         if need_dx:
             dx = products.expand_dh(dh, lora_a).to(x.dtype)
-            dx = (dx if keep is None else dx.mul_(keep)).addmm_(dy, weight).view(x.shape)
+            dx = dropped(dx, plan) if kernel else dx if keep is None else dx.mul_(keep)
+            dx = dx.addmm_(dy, weight).view(x.shape)
         if need_da:
-            da = products.da(rows if keep is None else rows * keep, dh, lora_a)
+            rows = dropped(rows, plan) if kernel else rows if keep is None else rows * keep
+            da = products.da(rows, dh, lora_a)
     if form == "concat" and not all(_finite(tensor) for tensor in (da, db, lora_a) if tensor is not None):
         return backward(dys, x, weights, lora_as, lora_bs, hs, plan, needs, _apart(x))
     return dx, [da], [db], dgates
@@ -186,6 +192,11 @@ def oracle(
         out.append(y)
     y = torch.stack(out) if out else rows @ weight.t()
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _dropped(rows: Tensor, plan: Plan) -> Tensor:
+    """Rows where dropout keeps them, else 0; by one kernel where there is one."""
+    return dropped(rows, plan) if triton.drops(rows) else rows * _keep(rows, plan)
 
 
 def _keep(rows: Tensor, plan: Plan) -> Tensor:

@@ -43,6 +43,13 @@ def unavailable() -> str | None:
     return None if interpreted() or driver._active is not None else _why_no_gpu()
 
 
+def drops(x: Tensor) -> bool:
+    """Whether dropout of x can be made by a kernel here."""
+    if unavailable() is not None or x.dtype not in _DTYPES:
+        return False
+    return device_of(x.device).type in (None, x.device.type)
+
+
 def refuses(x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], plan: Plan) -> str | None:
     """Why this backend cannot run this call."""
     device = device_of(x.device)
@@ -90,7 +97,7 @@ def forms(
     """The forms of this call, the rule's first: "fused", "two" and "split" launches, some with "narrow" tiles.
 
     Where base products are large, the rule leaves them to the library: by published figures Triton's reach 65 to 97 %
-    of its speed, and the forms break even at 94 to 99 %.
+    of its speed, and by our cost model the forms break even at 92 to 99 %.
     """
     if needs is not None and not needs[0]:
         return ("two",)  # no product with the weight

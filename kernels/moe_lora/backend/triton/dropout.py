@@ -26,6 +26,21 @@ def kept(
     return word.to(tl.int32, bitcast=True) >= (threshold - 32768) << 16
 
 
+@triton.jit(do_not_specialize=("seed", "threshold", "T"))
+def drop_kernel(
+    x_ptr, out_ptr, seed, threshold, T, D, stride_xt, stride_xd,
+    PAIRED: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out [T, D] = x where dropout keeps it, else 0. Grid: tiles of rows, tiles of columns."""
+    first_d = tl.program_id(1) * BLOCK_D
+    rows, columns = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), first_d + tl.arange(0, BLOCK_D)
+    mask = (rows < T)[:, None] & (columns < D)[None, :]
+    at = rows.to(tl.int64)[:, None] * stride_xt + columns.to(tl.int64)[None, :] * stride_xd
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    x = tl.where(kept(seed, threshold, rows, first_d, D, BLOCK_T, BLOCK_D, PAIRED, WIDE), x, 0.0)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], x, mask=mask)
+
+
 @triton.jit
 def _word(seed, j, WIDE: tl.constexpr):
     """The random word of pair j, uint32."""

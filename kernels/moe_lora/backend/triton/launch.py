@@ -30,6 +30,7 @@ class Route(NamedTuple):
     gates: Tensor
     offsets: Tensor
     seed: Tensor | int
+    stream: Any = None
 
 
 class Bound:
@@ -80,7 +81,7 @@ class Call(Tiling):
         grid = self.kept(name, self.shrink_grid, D, members)
         outs = hs if grid.splits == 1 else [x.new_empty(grid.splits, *h.shape, dtype=torch.float32) for h in hs]
         leading = (x, *_three(loras), *_three(outs), route.experts, route.offsets, route.seed if dropout else 0)
-        if not self._again(name, leading):
+        if not self._again(name, leading, route):
             numbers = (
                 threshold(self.dropout) if dropout else 0,
                 self.T, self.N, self.L, self.N.bit_length(), D, self.E, grid.splits,
@@ -92,7 +93,7 @@ class Call(Tiling):
             }  # fmt: skip
             options = self.shrink_options(grid, members, loras[0].itemsize)
             self._first(name, _kernels().shrink_kernel, grid[:3], leading, numbers, constants, options)
-        return hs if grid.splits == 1 else self._summed(name, outs, hs)
+        return hs if grid.splits == 1 else self._summed(name, outs, hs, route)
 
     def expand(
         self,
@@ -114,7 +115,7 @@ class Call(Tiling):
             *_three(xs), *_three(weights), xs[0] if bias is None else bias, *_three(loras), *_three(hs), y,
             route.experts, route.gates, route.offsets, route.seed if dropout else 0,
         )  # fmt: skip
-        if self._again(name, leading):
+        if self._again(name, leading, route):
             return
         Ds, F, lora = [weight.shape[0] for weight in weights], weights[0].shape[1], loras[0]
         tile = self.expand_tile(F, sum(Ds), len(xs))
@@ -151,7 +152,7 @@ class Call(Tiling):
             hs[0] if bias is None else bias, *_three(loras), *_three(hs), y,
             route.experts, route.gates, route.offsets, route.seed if dropout else 0,
         )  # fmt: skip
-        if self._again(name, leading):
+        if self._again(name, leading, route):
             return
         F, tile = y.shape[-1], self.rank_tile()
         tiles = self.tiles(tile.BLOCK_T)
@@ -188,7 +189,7 @@ class Call(Tiling):
             _descriptor(x, [tile.BLOCK_T, tile.BLOCK_D]), _descriptor(rows, box), x if bias is None else bias,
             *loras, h, y, ready, route.experts, route.gates, route.offsets, route.seed if dropout else 0,
         )  # fmt: skip
-        if self._again(name, leading):
+        if self._again(name, leading, route):
             return h
         (D, F), (shrink, lora) = weight.shape, loras
         numbers = (
@@ -216,7 +217,7 @@ class Call(Tiling):
         leading = (
             *_three(hs), x, *_three(outs), route.experts, route.gates, route.offsets, route.seed if transposed else 0,
         )  # fmt: skip
-        if not self._again(name, leading):
+        if not self._again(name, leading, route):
             stride_e, stride_r, stride_d = grads[0].stride(0), *grads[0].stride()[1:][:: -1 if transposed else 1]
             numbers = (
                 threshold(self.dropout) if transposed else 0, self.scale,
@@ -229,12 +230,12 @@ class Call(Tiling):
             }  # fmt: skip
             options = self.grad_options(grid, members)
             self._first(name, _kernels().expert_grad_kernel, grid[:3], leading, numbers, constants, options)
-        return grads if grid.splits == 1 else self._summed(name, outs, grads)
+        return grads if grid.splits == 1 else self._summed(name, outs, grads, route)
 
     def gate_grad(self, name: str, ds: Tensor, h: Tensor, route: Route) -> Tensor:
         dgates = torch.empty(route.gates.shape, dtype=route.gates.dtype, device=route.gates.device)
         leading = (ds, h, dgates, route.offsets)
-        if self.N and not self._again(name, leading):
+        if self.N and not self._again(name, leading, route):
             constants = {
                 "K": self.K, "R": self.R, "RANK": self.rank, "PACKED": self.packed, "BLOCK_T": self.gate_rows(),
             }  # fmt: skip
@@ -242,19 +243,19 @@ class Call(Tiling):
             self._first(name, kernel, (self.N, self.K), leading, numbers, constants, {"num_warps": 4})
         return dgates
 
-    def _summed(self, name: str, parts: Sequence[Tensor], outs: list[Tensor]) -> list[Tensor]:
+    def _summed(self, name: str, parts: Sequence[Tensor], outs: list[Tensor], route: Route) -> list[Tensor]:
         for m, (part, out) in enumerate(zip(parts, outs, strict=True)):
-            if not self._again(f"{name} sum {m}", (part, out)):
+            if not self._again(f"{name} sum {m}", (part, out), route):
                 grid, numbers = (cdiv(out.numel(), 1024),), (out.numel(), part.shape[0])
                 self._first(f"{name} sum {m}", _kernels().sum_kernel, grid, (part, out), numbers, {"BLOCK": 1024}, {})
         return outs
 
-    def _again(self, name: str, leading: tuple) -> bool:
+    def _again(self, name: str, leading: tuple, route: Route) -> bool:
         """Launches what an earlier launch of this name compiled, if there was one."""
         bound = self.bound.get(name)
         if bound is None:
             return False
-        bound(leading, _stream())
+        bound(leading, route.stream)
         return True
 
     def _first(
@@ -296,9 +297,11 @@ def prepared(
     """
     seed, kind = _seed(plan, rows.device)
     experts, gates = plan.experts.contiguous(), plan.gates.contiguous()
-    route = Route(experts, gates, experts if plan.offsets is None else plan.offsets.contiguous(), seed)
+    offsets = experts if plan.offsets is None else plan.offsets.contiguous()
     if interpreted():
+        route = Route(experts, gates, offsets, seed)
         return Call(rows, lora_a, plan, narrow=what.endswith("narrow")), route
+    route = Route(experts, gates, offsets, seed, _stream())
     key = (
         what, generation(), rows.device, plan.scale, plan.dropout, kind, plan.offsets is None,
         torch.get_float32_matmul_precision(), *[_trait(tensor) for tensor in (*tensors, rows, lora_a, *route[:3])],
@@ -309,6 +312,20 @@ def prepared(
             _calls.clear()
         call = _calls[key] = Call(rows, lora_a, plan, narrow=what.endswith("narrow"))
     return call, route
+
+
+def dropped(x: Tensor, plan: Plan) -> Tensor:
+    """x [T, D] where dropout keeps it, else 0; one pass."""
+    from moe_lora.backend.triton.dropout import drop_kernel
+
+    (T, D), out, (seed, _) = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device), _seed(plan, x.device)
+    if x.numel():
+        with on(x.device):
+            drop_kernel[(cdiv(T, 8), cdiv(D, 256))](
+                x, out, seed, threshold(plan.dropout), T, D, x.stride(0), x.stride(1),
+                PAIRED=D % 2 == 0, WIDE=T * D > 2**33, BLOCK_T=8, BLOCK_D=256,
+            )  # fmt: skip
+    return out
 
 
 def _trait(tensor: Tensor | None) -> tuple | None:
@@ -402,4 +419,4 @@ def _descriptor(tensor: Tensor, box: list[int]) -> Any:
 
 def _three(values: Sequence[Any]) -> list[Any]:
     """A launch's arguments for each of three members; None for those that are not."""
-    return [*values, None, None][:3]
+    return [values[0], None, None] if len(values) == 1 else [*values, None, None][:3]

@@ -141,6 +141,8 @@ class Tiling:
         stage = grid.BLOCK_D * (grid.BLOCK_T * size + grid.C * members * lora_size)
         beside = grid.BLOCK_D * (grid.BLOCK_T + grid.C) * size
         stages = self._fitting(self._half_or(3, 2), stage, beside)
+        if self.device.backend == "hip" and members > 1:  # both stages in shared memory
+            stages = max(1, min(stages, self.device.shared // stage))
         return {"num_warps": warps, "num_stages": stages, **(self.registers() if self._consumer() else {})}
 
     def grad_grid(self, D: int, members: int = 1) -> Grid:

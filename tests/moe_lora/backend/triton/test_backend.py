@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import moe_lora
 import pytest
 import torch
 from moe_lora import dropout, ops
+from moe_lora.backend import reference
 from moe_lora.backend.triton import backend, launch
 from moe_lora.verify import Case, make
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import groups
 from tests.support.tolerance import assert_right
@@ -23,7 +26,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from moe_lora.backend.triton import dropout as triton_dropout  # noqa: E402
 from ptxemu import Fault  # noqa: E402
-from ptxemu.driver import Emulator, Utils  # noqa: E402
+from ptxemu.driver import Emulator, Launcher, Utils  # noqa: E402
 
 CASES = (
     Case((5, 5, 5), 13, 9, 4, 2, 3),
@@ -462,3 +465,59 @@ def test_device_replays_a_graph_with_another_seed(case):
     graph.replay()
     for got, want in zip(found, outputs(case, inputs._replace(seed=torch.tensor(7))), strict=True):
         assert torch.equal(got, want)
+
+
+class Counted(TorchDispatchMode):
+    """Counts PyTorch's operations, views left out, and those that touch a tensor of x's size: passes over x."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.operations, self.passes = size, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.operations += 1
+            tensors = [one for one in (*args, result) if isinstance(one, torch.Tensor)]
+            moved = "empty" not in str(function) and any(one.numel() == self.size for one in tensors)
+            self.passes += moved
+        return result
+
+
+def test_reference_drops_in_few_passes():
+    case = Case((200, 200), 96, 40, 4, 2, 8, dropout=0.2)
+    inputs = make(case, torch.float16)
+    plan = ops.Plan(inputs.routing.experts, inputs.routing.gates.detach(), None, 0.7, 0.2, torch.tensor(5))
+    x, weight, bias, lora_a, lora_b = (tensor.detach() for tensor in inputs[:5])
+    found = {}
+    for kernels in (False, True):
+        with Emulator(80) if kernels else nullcontext() as emulator, Counted(x.numel()) as counted:
+            y, h = reference.forward(x, weight, bias, lora_a, lora_b, plan)
+            grads = reference.backward(inputs.dy, x, weight, lora_a, lora_b, h, plan, [True] * 4)
+        found[kernels] = (y, *grads)
+    launches = [profile.kernel for profile in emulator.profiles]
+    assert launches == ["drop_kernel"] * 3
+    assert counted.operations + len(launches) <= 50 and counted.passes + len(launches) <= 8
+    assert all(torch.equal(one, two) for one, two in zip(*found.values(), strict=True))
+
+
+def test_replays_of_a_capture_draw_other_masks(monkeypatch):
+    """The launches of a training step, with a seed on the device, repeated as a CUDA graph repeats them."""
+    case = Case((40, 40), 24, 40, 4, 2, 8, dropout=0.4)
+    inputs, seed, captured = make(case, torch.float16), torch.tensor(1), []
+    run = Launcher.__call__
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *call: captured.append((self, call)) or run(self, *call))
+    settings = (0.7, 0.4)
+    with Emulator(80):
+        y = moe_lora.linear(*inputs[:6], *settings, seed, "triton/two")
+        grads = torch.autograd.grad(y, list(inputs.leaves().values()), inputs.dy)
+        launches, seen = list(captured), []
+        for number in (2, 3):
+            seed.fill_(number)
+            for launcher, call in launches:
+                run(launcher, *call)
+            seen.append([tensor.clone() for tensor in (y.detach(), *grads)])
+            wanted = moe_lora.linear(*inputs[:6], *settings, number, "triton/two")
+            wanted = [wanted, *torch.autograd.grad(wanted, list(inputs.leaves().values()), inputs.dy)]
+            assert all(torch.equal(one, two) for one, two in zip(seen[-1], wanted, strict=True))
+    assert not torch.equal(seen[0][0], seen[1][0])
