@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lora.backend import run
 from moe_lora.dropout import as_seed
-from moe_lora.ops import autocast_dtype, check, no_autocast
+from moe_lora.ops import autocast_dtype, below_autograd, check, derivative, no_autocast
 from moe_lora.routing import Plan, Routing
 
 _LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
@@ -118,7 +118,7 @@ class _Group(torch.autograd.Function):
     def forward(ctx: Any, keys: Any, members: int, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         lists = [list(flat[i * members : (i + 1) * members]) for i in range(4)]
         experts, gates, offsets, ctx.scale, ctx.dropout, seed, ctx.backend = plan = flat[4 * members :]
-        ys, hs = ops.below_autograd(torch.ops.moe_lora.linear_group.default, keys, (x, *lists, *plan))
+        ys, hs = below_autograd(torch.ops.moe_lora.linear_group.default, keys, (x, *lists, *plan))
         ctx.members = members
         weights, _, lora_as, lora_bs = lists
         ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *hs, experts, gates, offsets, seed)
@@ -163,7 +163,7 @@ class _GroupBackward(torch.autograd.Function):
         members, rest = lists
         parts = [list(flat[1 + i * members : 1 + (i + 1) * members]) for i in range(5)]
         call = (parts[0], flat[0], *parts[1:], *flat[1 + 5 * members :], *rest)
-        dx, das, dbs, dgates = ops.below_autograd(torch.ops.moe_lora.linear_group_backward.default, keys, call)
+        dx, das, dbs, dgates = below_autograd(torch.ops.moe_lora.linear_group_backward.default, keys, call)
         return (dx, *das, *dbs, dgates)
 
     @staticmethod
@@ -187,4 +187,4 @@ for _op, _applied in (
     (torch.ops.moe_lora.linear_group.default, _apply),
     (torch.ops.moe_lora.linear_group_backward.default, _apply_backward),
 ):
-    _LIBRARY.impl(_op, ops.derivative(_op, _applied), "Autograd", with_keyset=True)
+    _LIBRARY.impl(_op, derivative(_op, _applied), "Autograd", with_keyset=True)

@@ -7,6 +7,8 @@ import torch
 import torch.export
 from torch import Tensor
 
+_assert_async = getattr(torch, "_assert_async")  # noqa: B009 (torch does not export it)
+
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -102,10 +104,10 @@ class Routing:
     def _check_values(self, num_experts: int, T: int) -> None:
         if self.experts.device.type != "cpu":
             right = ((self.experts >= 0) & (self.experts < num_experts)).all()
-            torch._assert_async(right, f"experts must be in 0..{num_experts - 1}")
+            _assert_async(right, f"experts must be in 0..{num_experts - 1}")
             if self.offsets is not None:
                 right = (self.offsets[0] == 0) & (self.offsets[-1] == T) & (self.offsets.diff() >= 0).all()
-                torch._assert_async(right, f"offsets must rise from 0 to x's {T} rows")
+                _assert_async(right, f"offsets must rise from 0 to x's {T} rows")
             return
         if self.experts.numel():
             low, high = (int(value) for value in self.experts.aminmax())

@@ -73,17 +73,17 @@ def test_choice_on_an_h100_depends_on_what_a_triton_product_reaches(q, forward, 
     lora_a, experts = torch.empty(4, 4096, 32, device="meta"), torch.zeros(8, 2, dtype=torch.int32, device="meta")
     plan = Plan(experts, torch.ones(8, 2, device="meta"), None, 1.0, 0.0, None)
     for needs, wanted in ((None, forward), ((True,) * 4, backward)):
-        request = dispatch.Request(x, weight, lora_a, plan, needs)
+        call = dispatch.Call("auto", x, [weight], [lora_a], plan, needs)
         times = durations(shape, gpu, needs is not None, q=q)
-        able = [candidate for candidate in dispatch.ordered("auto", request) if candidate.name == "triton"]
-        assert {candidate.form.partition("-")[0] for candidate in able} == {"fused", "two", "split"}
+        able = [candidate for candidate in call.ordered() if candidate.startswith("triton/")]
+        assert {name.partition("/")[2].partition("-")[0] for name in able} == {"fused", "two", "split"}
         times["two"] = times.get("two", 1.05 * times["fused"])
-        clock = {str(one): times[one.form.partition("-")[0]] + 0.01 * ("-" in one.form) for one in able}
-        clock["reference"] = 10 * times["split"]
+        clock = dict.fromkeys(call.ordered(), 10 * times["split"])  # plain PyTorch's
+        clock |= {name: times[name[7:].partition("-")[0]] + 0.01 * ("-" in name) for name in able}
         runs = {name: (lambda name=name: name) for name in clock}
         monkeypatch.setattr(autotune, "milliseconds", lambda run, device, clock=clock: clock[run()])
-        autotune.time_all(request.bucket, x.device, runs)
-        assert str(dispatch.ordered("auto", request)[0]) == f"triton/{wanted}"
+        autotune.time_all(call.bucket(), x.device, runs)
+        assert call.ordered()[0] == f"triton/{wanted}"
 
 
 def test_products_of_our_own_pay_from_a_share_of_the_librarys_rate_on():

@@ -162,7 +162,7 @@ def test_nothing_on_another_device_is_read_by_the_host():
     layer = moe_lora.MoELoRALinear(
         torch.empty(8, 16, device="meta"), None, moe_lora.MoELoRAConfig(4, 2, 2, dropout=0.2)
     )
-    routing, _ = gate(torch.empty(3, 5, 16, device="meta"))
+    routing = gate.routing(torch.empty(3, 5, 16, device="meta"))
     packed = moe_lora.Routing(routing.experts, routing.gates, torch.empty(4, dtype=torch.int32, device="meta"))
     assert layer(torch.empty(3, 7, 16, device="meta"), routing).shape == (3, 7, 8)
     layer(torch.empty(9, 16, device="meta"), packed).sum().backward()

@@ -188,49 +188,47 @@ def backward(
         if need_dx or need_dgates or any(need_das):
             if need_dx:
                 dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            dss = _dx_and_ds(call, route, form, drows, weights, lora_as, lora_bs, dx)
+            downs, ups = ([lora.transpose(1, 2) for lora in loras] for loras in (lora_as, lora_bs))
+            grid = None
+            if form.startswith("fused") and dx is not None:
+                grid = call.kept("grid", call.fused_grid, drows[0], weights[0], weights[0].shape[1], 0.0)
+            if grid:
+                loras = (ups[0], downs[0])
+                dss = [call.fused("fused", drows[0], weights[0], None, loras, dx, grid, route, dropout=False)]
+            else:
+                pairs = enumerate(zip(drows, ups, strict=True))
+                dss = [call.shrink(f"ds {m}", dy, [up], route, dropout=False)[0] for m, (dy, up) in pairs]
             if need_dgates:
                 dgates, *others = [
                     call.gate_grad(f"dgates {m}", ds, h, route) for m, (ds, h) in enumerate(zip(dss, hs, strict=True))
                 ]
                 for other in others:
                     dgates += other
+            if dx is not None and not grid:
+                _write_dx(call, route, form, drows, weights, downs, dss, dx)
             if any(need_das):
                 grads = call.expert_grads("da", dss, rows, lora_as, route, transposed=True)
                 das = [da if need else None for da, need in zip(grads, need_das, strict=True)]
     return dx, das, dbs, dgates
 
 
-def _dx_and_ds(
+def _write_dx(
     call: Call,
     route: Route,
     form: str,
     drows: Sequence[Tensor],
     weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    dx: Tensor | None,
-) -> list[Tensor]:
-    """Writes dx, if there is one; returns ds of each member."""
-    ups, downs = ([lora.transpose(1, 2) for lora in loras] for loras in (lora_bs, lora_as))
-    if form.startswith("fused") and dx is not None:
-        grid = call.kept("grid", call.fused_grid, drows[0], weights[0], weights[0].shape[1], 0.0)
-        if grid:
-            loras = (ups[0], downs[0])
-            return [call.fused("fused", drows[0], weights[0], None, loras, dx, grid, route, dropout=False)]
-    dss = [
-        call.shrink(f"ds {m}", dy, [up], route, dropout=False)[0]
-        for m, (dy, up) in enumerate(zip(drows, ups, strict=True))
-    ]
-    if dx is None:
-        return dss
+    downs: Sequence[Tensor],
+    dss: Sequence[Tensor],
+    dx: Tensor,
+) -> None:
+    """dx of all members' dy, W, A transposed and ds."""
     if form == "split":
         call.ranks("ranks", None, downs, dss, dx, route, dropout=True)
         for dy, weight in zip(drows, weights, strict=True):
             dx.view(-1, dx.shape[-1]).addmm_(dy, weight)
     else:
         call.expand("expand", drows, weights, None, downs, dss, dx, route, dropout=True)
-    return dss
 
 
 @cache

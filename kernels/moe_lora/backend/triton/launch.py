@@ -318,10 +318,11 @@ def dropped(x: Tensor, plan: Plan) -> Tensor:
     """x [T, D] where dropout keeps it, else 0; one pass."""
     from moe_lora.backend.triton.dropout import drop_kernel
 
+    kernel: Any = drop_kernel
     (T, D), out, (seed, _) = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device), _seed(plan, x.device)
     if x.numel():
         with on(x.device):
-            drop_kernel[(cdiv(T, 8), cdiv(D, 256))](
+            kernel[(cdiv(T, 8), cdiv(D, 256))](
                 x, out, seed, threshold(plan.dropout), T, D, x.stride(0), x.stride(1),
                 PAIRED=D % 2 == 0, WIDE=T * D > 2**33, BLOCK_T=8, BLOCK_D=256,
             )  # fmt: skip
@@ -335,10 +336,10 @@ def _trait(tensor: Tensor | None) -> tuple | None:
 
 def _seed(plan: Plan, device: torch.device) -> tuple[Tensor | int, str]:
     """The seed and how a kernel takes it: one on the device as a pointer, so that a captured graph reads it anew; one
-    elsewhere as a number of the width that it needs, without a copy to the device."""
+    on the CPU as a number of the width that it needs, without a copy to the device."""
     if plan.seed is None or not plan.dropout:
         return 0, "none"
-    if plan.seed.device == device:
+    if plan.seed.device == device and device.type != "cpu":
         return plan.seed, "pointer"
     number = int(plan.seed.item())
     return number, "short" if -(2**31) <= number < 2**31 else "long"
