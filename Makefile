@@ -1,4 +1,4 @@
-# Targets: demo mini test check bench build assets clean. Each does its own set-up in .venv.
+# Targets: demo mini test test-slow check bench build assets clean. Each does its own set-up in .venv.
 PYTHON ?= python3
 STEPS ?=
 BIN := .venv/bin
@@ -10,8 +10,14 @@ demo: build
 mini: build
 	$(BIN)/octavius demo --config mini-2d+3d --baseline --resume
 
+# Both cores, one thread a process; then what is about threads, alone, on two of them.
 test: build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow and not threads"
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "threads and not gpu and not slow"
+
+test-slow: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not threads"
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "slow and threads and not gpu"
 
 check: build
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
@@ -40,4 +46,4 @@ build: .venv/ready
 clean:
 	rm -rf .venv build *.egg-info runs
 
-.PHONY: demo mini test check bench assets build clean
+.PHONY: demo mini test test-slow check bench assets build clean

@@ -30,3 +30,10 @@ def parts(tmp_path_factory):
     from tests.support import tiny  # transformers is slow to import, and most tests of the engine do without it
 
     return tiny.save_parts(tmp_path_factory.mktemp("parts"))
+
+
+def pytest_collection_modifyitems(items):
+    """What asks for torch's threads is marked, so that it can run alone."""
+    for item in items:
+        if "torch_threads" in getattr(item, "fixturenames", ()):
+            item.add_marker("threads")

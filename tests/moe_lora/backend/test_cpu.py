@@ -298,6 +298,7 @@ def test_cpu_random_shapes_match_oracle(data):
 
 
 @needs_native
+@pytest.mark.threads
 def test_cpu_after_fork():
     code = """
 import os, torch, moe_lora
