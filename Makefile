@@ -16,8 +16,7 @@ test: build
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "threads and not gpu and not slow"
 
 test-slow: build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not threads"
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "slow and threads and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
 
 check: build
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
