@@ -162,7 +162,7 @@ def test_a_missing_file_is_reported_before_a_model_is_loaded(monkeypatch):
 def test_top_of_the_package_offers_its_parts_lazily():
     code = "import sys, octavius; assert 'torch' not in sys.modules and 'train' in dir(octavius); octavius.load_config"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert set(octavius.__all__) == {"Octavius", "load_config", "train", "evaluate", "chat"}
+    assert set(octavius.__all__) >= {"Octavius", "load_config", "train", "evaluate", "chat"}
     for name in octavius.__all__:
         assert callable(getattr(octavius, name))
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
