@@ -136,7 +136,7 @@ def backward(
             dh = products.fold(ds)
         if need_dx:
             dx = products.expand_dh(dh, lora_a).to(x.dtype)
-            dx = dropped(dx, plan) if kernel else dx if keep is None else dx.mul_(keep)
+            dx = dropped(dx, plan, in_place=True) if kernel else dx if keep is None else dx.mul_(keep)
             dx = dx.addmm_(dy, weight).view(x.shape)
         if need_da:
             rows = dropped(rows, plan) if kernel else rows if keep is None else rows * keep

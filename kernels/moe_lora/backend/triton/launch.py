@@ -314,12 +314,14 @@ def prepared(
     return call, route
 
 
-def dropped(x: Tensor, plan: Plan) -> Tensor:
+def dropped(x: Tensor, plan: Plan, in_place: bool = False) -> Tensor:
     """x [T, D] where dropout keeps it, else 0; one pass."""
     from moe_lora.backend.triton.dropout import drop_kernel
 
     kernel: Any = drop_kernel
-    (T, D), out, (seed, _) = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device), _seed(plan, x.device)
+    (T, D), (seed, _) = x.shape, _seed(plan, x.device)
+    keeps = in_place and x.is_contiguous()
+    out = x if keeps else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         with on(x.device):
             kernel[(cdiv(T, 8), cdiv(D, 256))](
