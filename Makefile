@@ -1,4 +1,4 @@
-# Targets: demo mini test test-slow check bench build assets clean. Each does its own set-up in .venv.
+# Targets: demo serve mini test test-slow check bench build assets clean. Each does its own set-up in .venv.
 PYTHON ?= python3
 STEPS ?=
 BIN := .venv/bin
@@ -21,6 +21,11 @@ test-slow: build
 check: build
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
+# The demo's model on a page; trains nothing.
+serve: build
+	@test -d runs/demo/model || { echo "there is no model in runs/demo yet: run make demo first"; exit 1; }
+	$(BIN)/octavius serve --model runs/demo/model
+
 bench: build
 	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_linear.py --csv runs/bench_table.csv
@@ -39,10 +44,10 @@ build: .venv/ready
 	  { echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel pybind11 torch || \
 	  { echo "torch could not be installed: is a package index reachable, and are 5 GB free?"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[octavius,dev]' -e ./tools/ptxemu
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[octavius,serve,dev]' -e ./tools/ptxemu
 	@touch $@
 
 clean:
 	rm -rf .venv build *.egg-info runs
 
-.PHONY: demo mini test test-slow check bench assets build clean
+.PHONY: demo serve mini test test-slow check bench assets build clean

@@ -77,30 +77,73 @@ def train(config: ConfigOption, settings: Settings = None, resume: bool = False)
         )
 
 
-@app.command()
-def chat(
-    question: str,
+@app.command("chat")
+def chat_command(
+    question: Annotated[str | None, typer.Argument(help="One question; without, a conversation begins.")] = None,
     image: Annotated[Path | None, typer.Option(help="An image.")] = None,
     points: Annotated[Path | None, typer.Option(help="A point cloud or mesh: .ply, .pcd, .npy, .obj ...")] = None,
     boxes: Annotated[Path | None, typer.Option(help="Boxes of its objects; without, they are proposed.")] = None,
     unit: Annotated[str, typer.Option(help="Of the coordinates of cloud and boxes: m, cm, mm.")] = "m",
     draw: Annotated[Path | None, typer.Option(help="Image file for the cloud and its objects' attention.")] = None,
     model: Checkpoint = Path("runs/demo/model"),
+    single: Annotated[Path | None, typer.Option(help="A single LoRA's folder, for /compare.")] = None,
+    experts: Annotated[str, typer.Option(help="gate, none, a number, or number=weight,...")] = "gate",
+    blind: Annotated[bool, typer.Option("--blind", help="Answer from the text alone.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 128,
     task: Annotated[str, typer.Option(help="Task type, for models trained with system messages.")] = "normal",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Ask about an image or a point cloud; prints the answer and the experts that gave it."""
-    if (image is None) == (points is None):
-        raise ValueError("give either --image or --points")
-    check_files(image=image, points=points, boxes=boxes)
+    """Talk about images and point clouds; shows the experts beside each answer. In it, /help lists the commands."""
+    if question is not None and image is None and points is None:
+        raise ValueError("a question needs something to look at: give --image or --points")
+    check_files(image=image, points=points)
+    from octavius.model.decoder import Options
     from octavius.model.octavius import Octavius
     from octavius.points.proposals import read_boxes
-    from octavius.session import Scan
-    from octavius.session import chat as ask
+    from octavius.session import Scan, Session
+    from octavius.session.terminal import Terminal, lines, parse_experts
 
-    seen = image or Scan(points, unit, read_boxes(boxes) if boxes else None, draw)  # type: ignore[arg-type]
-    answer, experts = ask(Octavius.from_folder(model), seen, question, task)
-    console.print(answer, markup=False)
-    console.print("experts: " + ", ".join(f"{e} ({weight:.2f})" for e, weight in experts), style="dim")
+    options = Options(max_tokens, experts=parse_experts(experts))
+    given = read_boxes(boxes) if boxes else None  # a mistake in it is told before a model is loaded
+    loaded = Octavius.from_folder(model), Octavius.from_folder(single) if single else None
+    session = Session(loaded[0], options, task, blind, loaded[1])
+    if image is not None:
+        session.show(image)
+    if points is not None:
+        session.show(Scan(points, unit, given, draw))
+    terminal = Terminal(session, console, as_json)
+    if question is not None:
+        terminal.ask(question)
+    elif not terminal.run(lines(console)) and as_json:
+        raise SystemExit(1)
+
+
+@app.command("serve")
+def serve_command(
+    model: Checkpoint = Path("runs/demo/model"),
+    single: Annotated[Path | None, typer.Option(help="A single LoRA's folder; by default the one beside.")] = None,
+    host: Annotated[str, typer.Option(help="Others than the loopback need the token.")] = "127.0.0.1",
+    port: int = 8000,
+    token: Annotated[str | None, typer.Option(help="At least 16 characters; drawn where one is needed.")] = None,
+    rows: Annotated[int, typer.Option(help="Answers made at the same time.")] = 32,
+    waiting: Annotated[int, typer.Option(help="Requests that may wait beside them.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Until an answer must be done.")] = 120.0,
+) -> None:
+    """Serve a page to try a model, and an OpenAI-compatible endpoint at /v1."""
+    try:
+        from octavius.serve.app import Address, load_service, run
+        from octavius.serve.limits import Limits
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"octavius serve needs {error.name}: pip install 'octavius-moe-lora[octavius,serve]'"
+        ) from error
+
+    address = Address(host, port, token).checked()
+    limits = Limits(rows=rows, waiting=waiting, seconds=seconds)
+    service = load_service(model, single, address.token, limits)
+    console.print(f"page: {address.url}", highlight=False, soft_wrap=True)
+    console.print(f"endpoint: http://{host}:{port}/v1; stop with Ctrl-C", style="dim", highlight=False, soft_wrap=True)
+    run(service, address)
 
 
 @app.command("eval")

@@ -21,12 +21,13 @@ from octavius.data.records import Record
 from octavius.evaluation.evaluate import Answers, evaluate, routing_map, write_answers
 from octavius.evaluation.metrics import METRICS
 from octavius.evaluation.parsing import parse_boxes
-from octavius.evaluation.scoring import metric_of
+from octavius.evaluation.scoring import metric_of, score
 from octavius.model.octavius import Octavius
-from octavius.points.object_store import ObjectStore
+from octavius.points.object_store import ObjectStore, Region
 from octavius.report.html import write_report
 from octavius.report.plots import plots
 from octavius.report.scene_image import save_scene_image
+from octavius.report.viewer import write_viewer
 from octavius.training.runs import DONE
 from octavius.training.train import train
 
@@ -65,6 +66,12 @@ def demo(config: Config, resume: bool = False, baseline: bool = False) -> dict[s
         _draw(samples, model, stores.scenes, folder / "scenes")
     write_report(folder / "report.html", metrics, [sample for sample, _ in samples], losses["LoRA-MoE"], routing)
     plots(folder, metrics, losses, routing)
+    scenes = _draw_scenes(records, model, stores.scenes, folder / "scenes") if stores.scenes else {}
+    columns = [_answered(records, answers.texts, answers.weights.tolist(), scenes)]
+    if baseline:
+        lines = (folder / "lora/answers.jsonl").read_text().splitlines()
+        columns.append(_answered(records, [json.loads(line)["answer"] for line in lines], None, scenes))
+    write_viewer(folder / "answers.html", *columns)
     return metrics
 
 
@@ -172,6 +179,36 @@ def _draw(samples: list[tuple[dict[str, Any], Record]], model: Octavius, scenes:
     for number, (sample, record) in enumerate(samples):
         if record.cloud:
             sample["image"] = str(save_scene_image(model, scenes, record.cloud, folder / f"{number:02d}.png") or "")
+
+
+def _draw_scenes(records: list[Record], model: Octavius, scenes: ObjectStore, folder: Path) -> dict[Path, Path]:
+    """An image of every cloud; its number is its name, since an id is text of the data."""
+    drawn = {}
+    for number, cloud in enumerate(dict.fromkeys(record.cloud.cloud for record in records if record.cloud)):
+        file = save_scene_image(model, scenes, Region(cloud), folder / f"all-{number:04d}.png")
+        drawn |= {cloud: file} if file else {}
+    return drawn
+
+
+def _answered(
+    records: list[Record], texts: list[str], weights: list[list[float]] | None, scenes: dict[Path, Path]
+) -> list[dict[str, Any]]:
+    """Rows of the viewer; a caption's row has no score, since CIDEr is that of many."""
+    rows = []
+    for index, (record, text) in enumerate(zip(records, texts, strict=True)):
+        (scored,) = score([{"id": record.id, "prediction": text} | record.truth]).values()
+        own = weights[index] if weights else []
+        rows.append(
+            {
+                **{"id": record.id, "task": scored["title"], "answer": text},
+                **{"question": record.turns[-1][0], "reference": record.turns[-1][1]},
+                "image": str(record.image or scenes.get(record.source, "")),
+                "experts": [[expert, round(weight, 4)] for expert, weight in enumerate(own) if weight > 0],
+                "score": None if scored["main"] == "CIDEr" else scored[scored["main"]],
+                "boxes": parse_boxes(text, record.truth.get("labels", [])) if record.image else [],
+            }
+        )
+    return rows
 
 
 def _sample(record: Record, text: str, weights: torch.Tensor) -> dict[str, Any]:

@@ -194,6 +194,7 @@ def answer_line(index: int, record: Record, text: str, weights: torch.Tensor) ->
         "id": record.id,
         "benchmark": record.truth.get("benchmark"),
         "image" if record.image else "pcl": str(record.source),
+        **({"object": record.cloud.object} if record.cloud and record.cloud.object is not None else {}),
         "question": record.turns[-1][0],
         "answer": text,
         "reference": record.turns[-1][1],

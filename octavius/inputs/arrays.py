@@ -17,30 +17,37 @@ BROKEN = (  # what numpy raises on files that are cut short or no arrays
 )  # fmt: skip
 
 
-def read_array(path: str | Path) -> np.ndarray:
+def read_array(path: str | Path, data: bytes | None = None) -> np.ndarray:
     """The array of an .npy file; objects are refused.
 
+    Args:
+        path: of the file.
+        data: what the file holds; None reads it.
     Raises:
         ValueError: no such file, a broken header, or fewer bytes than the header claims.
     """
     path = Path(path)
     try:
-        with path.open("rb") as stream:
-            _check_claim(stream, path.stat().st_size)
+        with path.open("rb") if data is None else io.BytesIO(data) as stream:
+            _check_claim(stream, path.stat().st_size if data is None else len(data))
             stream.seek(0)
             return np.load(stream, allow_pickle=False)
     except BROKEN as error:
         raise ValueError(f"{path}: cannot be read as an array: {_line(error)}") from error
 
 
-def read_arrays(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+def read_arrays(path: str | Path, names: Iterable[str], data: bytes | None = None) -> dict[str, np.ndarray]:
     """Those of the named arrays that an .npz file holds; objects are refused.
 
+    Args:
+        path: of the file.
+        names: of the arrays.
+        data: what the file holds; None reads it.
     Raises:
         ValueError: no such file, no .npz file, or an array as `read_array` refuses it.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path if data is None else io.BytesIO(data)) as archive:
             held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             arrays = {}
             for name in names:

@@ -64,24 +64,48 @@ def read_cloud(path: str | Path, unit: str = "m", seed: int = 0) -> PointCloud:
             longer than LARGEST, hence most likely in other units; a coordinate beyond FARTHEST.
     """
     path = Path(path)
-    if unit not in UNITS:
-        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    _check_unit(unit)
     try:
-        match path.suffix.lower():
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as a point cloud: {error}") from error
+    return cloud_from_bytes(data, str(path), unit, seed, path)
+
+
+def cloud_from_bytes(data: bytes, name: str, unit: str = "m", seed: int = 0, beside: Path | None = None) -> PointCloud:
+    """Read a point cloud or a mesh that is in memory.
+
+    Args:
+        data: the file.
+        name: of the file; its suffix says the format.
+        unit, seed: as `read_cloud`.
+        beside: where an OBJ file's materials and textures lie; None: without them.
+    Raises:
+        ValueError: as `read_cloud`.
+    """
+    _check_unit(unit)
+    suffix = Path(name).suffix.lower()
+    try:
+        match suffix:
             case ".npy":
-                cloud = _from_array(read_array(path))
+                cloud = _from_array(read_array(name, data))
             case ".npz":
-                rows = list(read_arrays(path, ("xyz", "rgb")).values())
+                rows = list(read_arrays(name, ("xyz", "rgb"), data).values())
                 cloud = _from_array(np.concatenate(rows, 1))
             case ".pcd":
-                cloud = _from_pcd(path.read_bytes())
+                cloud = _from_pcd(data)
             case _:
                 from octavius.points.mesh import read_mesh  # trimesh is slow to import
 
-                cloud = read_mesh(path, seed)
+                cloud = read_mesh(data, suffix, beside, seed)
     except DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as a point cloud: {error}") from error
-    return checked(PointCloud(cloud.xyz * np.float32(UNITS[unit]), cloud.rgb), str(path))
+        raise ValueError(f"{name}: cannot be read as a point cloud: {error}") from error
+    return checked(PointCloud(cloud.xyz * np.float32(UNITS[unit]), cloud.rgb), name)
+
+
+def _check_unit(unit: str) -> None:
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
 
 
 def checked(cloud: PointCloud, where: str) -> PointCloud:

@@ -13,13 +13,17 @@ from octavius.points.cloud import PointCloud
 MESH_POINTS = 100_000  # drawn from the surface of a mesh
 
 
-def read_mesh(path: Path, seed: int = 0) -> PointCloud:
-    """Points of a file that trimesh reads; glTF and OBJ files are y up and are turned."""
-    suffix = path.suffix.lower()
-    beside: dict[str, Any] = (
-        {"resolver": FilePathResolver(str(path))} if suffix == ".obj" else {}
-    )  # finds materials and textures
-    scene = trimesh.load_scene(io.BytesIO(path.read_bytes()), file_type=suffix, **beside)
+def read_mesh(data: bytes, suffix: str, beside: Path | None = None, seed: int = 0) -> PointCloud:
+    """Points of a file that trimesh reads; glTF and OBJ files are y up and are turned.
+
+    Args:
+        data: the file.
+        suffix: of its name, in lower case.
+        beside: where an OBJ file's materials and textures lie; None: without them.
+        seed: of the points drawn from a surface.
+    """
+    options: dict[str, Any] = {"resolver": FilePathResolver(str(beside))} if suffix == ".obj" and beside else {}
+    scene = trimesh.load_scene(io.BytesIO(data), file_type=suffix, **options)
     cloud = from_scene(scene, MESH_POINTS, np.random.default_rng(seed))
     return PointCloud(z_up(cloud.xyz), cloud.rgb) if suffix in (".obj", ".glb", ".gltf") else cloud
 

@@ -15,7 +15,7 @@ from moe_lora import storage
 from rich.progress import track
 
 from octavius.assets.shards import READY, share_out
-from octavius.points.cloud import UNITS, read_cloud
+from octavius.points.cloud import UNITS, PointCloud, read_cloud
 from octavius.points.pointbert import PointBert, encode
 from octavius.points.proposals import MIN_POINTS, Boxes, boxes_within, objects_of
 
@@ -49,6 +49,28 @@ class Objects:
             raise ValueError(f"object must be one of {self.ids}, got {number}")
         row = self.ids.index(number)
         return Objects(self.features[row : row + 1], self.boxes[row : row + 1], [number])
+
+
+def encode_objects(
+    encoder: PointBert, cloud: PointCloud, boxes: Boxes | None = None, numbered: bool = False
+) -> Objects:
+    """Encode the objects of a cloud in the given boxes, in metres, or in proposals.
+
+    Args:
+        encoder: of the objects.
+        cloud: the scene.
+        boxes: None for proposals.
+        numbered: the boxes' names are the objects' numbers; else they are counted.
+
+    Raises:
+        ValueError: none of the boxes holds points.
+    """
+    kept, clouds = objects_of(cloud, boxes)
+    own = next(encoder.parameters()).dtype  # half precision on a GPU
+    dtype = torch.bfloat16 if own == torch.float32 and torch.backends.mkldnn.is_available() else own
+    features = encode(encoder, clouds, dtype=dtype).half()
+    ids = [int(name) for name in kept.names] if numbered else list(range(len(kept)))
+    return Objects(features, torch.from_numpy(kept.boxes), ids)
 
 
 class ObjectStore:
@@ -145,12 +167,7 @@ class ObjectStore:
             numbered = boxes is not None
         if boxes is not None:
             boxes = Boxes(boxes.boxes * np.float32(UNITS[unit]), boxes.names)
-        kept, clouds = objects_of(cloud, boxes)
-        own = next(self.encoder.parameters()).dtype  # half precision on a GPU
-        dtype = torch.bfloat16 if own == torch.float32 and torch.backends.mkldnn.is_available() else own
-        features = encode(self.encoder, clouds, dtype=dtype).half()
-        ids = [int(name) for name in kept.names] if numbered else list(range(len(kept)))
-        return Objects(features, torch.from_numpy(kept.boxes), ids)
+        return encode_objects(self.encoder, cloud, boxes, numbered)
 
     def _state(self) -> str:
         """Names the function that the encoder computes."""

@@ -63,13 +63,16 @@ def read_boxes(path: str | Path) -> Boxes:
     return Boxes(np.stack(boxes), names or [""] * len(boxes))
 
 
-def boxes_within(path: Path) -> Boxes | None:
+def boxes_within(path: Path, data: bytes | None = None) -> Boxes | None:
     """The boxes that an .npz cloud carries, `boxes` [P, 6] or [P, 8, 3]; their names are its `ids` [P], else 0, 1 ...
 
+    Args:
+        path: of the file.
+        data: what the file holds; None reads it.
     Raises:
         ValueError: they are not boxes, or not one whole number for each.
     """
-    arrays = read_arrays(path, ("boxes", "ids"))
+    arrays = read_arrays(path, ("boxes", "ids"), data)
     if "boxes" not in arrays:
         return None
     try:

@@ -14,6 +14,7 @@ import octavius
 from octavius import cli
 from octavius.config import Config
 from octavius.data.loading import load_data
+from octavius.model.octavius import Octavius
 from tests.support import clouds, tiny
 
 
@@ -61,10 +62,28 @@ def test_points_train_and_answer(run, parts, tmp_path):
     assert (tmp_path / "seen.png").exists()
 
 
-@pytest.mark.parametrize("given", [[], ["--image", "a.png", "--points", "b.npy"]], ids=["neither", "both"])
-def test_chat_sees_one_thing(given):
-    done = CliRunner().invoke(cli.app, ["chat", "What?", *given])
-    assert done.exit_code == 1 and "either --image or --points" in str(done.exception)
+def test_chat_question_needs_something_to_look_at():
+    done = CliRunner().invoke(cli.app, ["chat", "What?"])
+    assert done.exit_code == 1 and "give --image or --points" in str(done.exception)
+
+
+def test_chat_is_a_conversation_and_loads_once(run, parts, monkeypatch):
+    """Three questions from a pipe, an image shown in between, as JSON; a mistake does not end it."""
+    loads, load = [], Octavius.from_folder
+    monkeypatch.setattr(Octavius, "from_folder", lambda folder: loads.append(folder) or load(folder))
+    image = parts.data.parent / "1.png"
+    script = [f"/image {image}", "What colour is it?", "/image none.png", "/experts 2", "Where?", "/compare Who?"]
+    script = "\n".join([*script, "/new", "Who?", "/quit", "No."])
+    done = CliRunner().invoke(cli.app, ["chat", "--json", "--max-tokens", "9", "--model", str(run[1])], input=script)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(loads) == 1 and done.exit_code == 1, done.output
+    assert [next(iter(row)) for row in rows] == [
+        *("shown", "question", "error", "experts", "question", "question", "new", "question")
+    ]
+    assert "got none.png" in rows[2]["error"]
+    assert sum(weight for _, weight in rows[1]["experts"]) == pytest.approx(1, abs=1e-3)
+    assert rows[4]["experts"] == [[2, 1.0]] and set(rows[5]["compared"]) == {"experts", "blind"}
+    assert all(row["tokens"] <= 9 and isinstance(row["answer"], str) for row in rows if "answer" in row)
 
 
 def test_unknown_encoder_preset_is_named():

@@ -42,8 +42,11 @@ def test_demo_trains_scores_and_reports_beside_a_single_lora(parts, tmp_path):
     single = json.loads((tmp_path / "run/lora/metrics.json").read_text())
     assert single["run"]["experts"] == 1 and single["run"]["rank"] == tiny.LORA.rank * tiny.LORA.top_k
     assert single["scores"]["moe"] == metrics["scores"]["lora"]
-    assert {"report.html", "loss.png", "scores.png", "answers.jsonl"} <= {f.name for f in (tmp_path / "run").iterdir()}
+    assert {"report.html", "answers.html", "loss.png", "scores.png", "answers.jsonl"} <= {
+        f.name for f in (tmp_path / "run").iterdir()
+    }
     assert "LoRA" in (tmp_path / "run/report.html").read_text()
+    assert "Against the single LoRA" in (tmp_path / "run/answers.html").read_text()
 
 
 def test_failed_single_lora_is_reported(parts, tmp_path):
