@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first
     "moe_lora": (
-        ("config", "routing", "dropout", "storage"),
+        ("config", "routing", "dropout", "storage", "weight"),
         ("gate",),
         ("backend",),
         ("ops",),

@@ -7,7 +7,8 @@ Shapes: N instances, T rows (tokens) of D features in and F out; E experts of ra
 In a model: `apply` gives its linears experts as a `MoELoRAConfig` says, `route` tells them the `Routing` of a batch,
 which an `InstanceGate` makes; `save` and `load` keep the experts in a folder, with `storage`. `load_balancing_loss`,
 `expert_share` and `mutual_information` are for training the gate and for seeing what it does.
-By itself: `MoELoRALinear` is the layer, `linear` the op, `linear_group` the op for several linears of one x.
+By itself: `MoELoRALinear` is the layer, `linear` the op, `linear_group` the op for several linears of one x;
+`linear` also takes a base in 8 or 4 bits, a `QuantizedWeight`.
 What runs: `backends` and `explain` tell, and `python -m moe_lora` checks every backend on this machine. The environment
 variable MOE_LORA_BACKEND names the backend that "auto" takes; "rule" switches timing off. `register_backend` adds one;
 `share_choices` has several ranks choose alike.
@@ -25,6 +26,7 @@ from moe_lora.inject import apply
 from moe_lora.layers import MoELoRALinear
 from moe_lora.ops import linear
 from moe_lora.routing import Routing
+from moe_lora.weight import QuantizedWeight
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ __all__ = [
     "InstanceGate",
     "MoELoRAConfig",
     "MoELoRALinear",
+    "QuantizedWeight",
     "Routing",
     "apply",
     "backends",

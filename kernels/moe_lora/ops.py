@@ -15,22 +15,24 @@ from torch import Tensor
 from moe_lora.backend import run
 from moe_lora.dropout import as_seed
 from moe_lora.routing import Plan, Routing
+from moe_lora.weight import QuantizedWeight, dequantize
 
 _LIBRARY = torch.library.Library("moe_lora", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor experts, Tensor gates, "
-    "Tensor? offsets, float scale, float dropout, Tensor? seed, str backend) -> (Tensor y, Tensor h)"
+    "Tensor? offsets, float scale, float dropout, Tensor? seed, str backend, Tensor? scales=None) "
+    "-> (Tensor y, Tensor h)"
 )
 _LIBRARY.define(
     "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, Tensor experts, "
-    "Tensor gates, Tensor? offsets, float scale, float dropout, Tensor? seed, str backend, bool[] needs) "
-    "-> (Tensor dx, Tensor da, Tensor db, Tensor dgates)"
+    "Tensor gates, Tensor? offsets, float scale, float dropout, Tensor? seed, str backend, bool[] needs, "
+    "Tensor? scales=None) -> (Tensor dx, Tensor da, Tensor db, Tensor dgates)"
 )
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -46,7 +48,8 @@ def linear(
 
     Args:
         x: [..., D]; `Routing` says which rows belong to which instance.
-        weight, bias: [F, D] and [F] or None, frozen, in x's dtype; under autocast cast like in F.linear.
+        weight, bias: [F, D] and [F] or None, frozen, in x's dtype; under autocast cast like in F.linear. A
+            `QuantizedWeight` is unpacked to x's dtype in each call, and kept for the backward as it is.
         lora_a, lora_b: [E, D, R], [E, R, F], in any floating dtype; computed in x's, gradients in their own.
         routing: which experts each row uses, with which weights.
         scale: s, alpha / R in LoRA's terms; the chosen experts' sum is multiplied by it.
@@ -60,30 +63,39 @@ def linear(
         ValueError, TypeError: arguments disagree, weight or bias require grad, or the backend cannot run this call.
     """
     check(x, weight, bias, lora_a, lora_b, routing, dropout)
+    weight, scales = (weight, None) if isinstance(weight, Tensor) else (weight.data, weight.scales)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    seed = as_seed(seed, x.device) if dropout else None
-    y, _ = torch.ops.moe_lora.linear(
-        x, weight, bias, lora_a, lora_b, routing.experts, routing.gates, routing.offsets, scale, dropout, seed, backend
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight if scales is not None else weight.to(dtype)
+    plan = Plan(
+        routing.experts, routing.gates, routing.offsets, scale, dropout, as_seed(seed, x.device) if dropout else None
     )
+    y, _ = torch.ops.moe_lora.linear(x, weight, bias, lora_a, lora_b, *plan, backend, scales)
     return y
 
 
 def check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, routing: Routing, dropout: float
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    routing: Routing,
+    dropout: float,
 ) -> None:
     """Raises what `linear` raises for arguments that disagree."""
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
-    tensors = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    base = weight.data if isinstance(weight, QuantizedWeight) else weight
+    tensors = {"x": x, "weight": base, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., D], got {tuple(x.shape)} {x.dtype}")
     D = x.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != D:
+    if base.dim() != 2 or weight.shape[1] != D:
         raise ValueError(f"weight must be [F, D] with D = {D} like x, got {tuple(weight.shape)}")
     F = weight.shape[0]
     if bias is not None and bias.shape != (F,):
@@ -95,7 +107,7 @@ def check(
         raise ValueError(f"lora_b must be [E, R, F] = {(E, R, F)} like lora_a and weight, got {tuple(lora_b.shape)}")
     casts = autocast_dtype(x) is not None
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
+        if tensor is None or isinstance(tensor, QuantizedWeight):
             continue
         if tensor.dtype != x.dtype and not (casts and tensor.is_floating_point()):
             raise TypeError(f"{name} must be {x.dtype} like x, got {tensor.dtype}; cast one, or use torch.autocast")
@@ -116,30 +128,34 @@ def check(
     routing.check(x.shape, E)
 
 
-def _forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):
+def _forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend, scales=None):
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
+    weight = weight if scales is None else dequantize(weight, scales, x.dtype)
     with no_autocast(x):
         (y,), (h,) = run.forward(backend, x, [weight], [bias], [lora_a], [lora_b], plan)
     return y, h
 
 
 def _backward(
-    dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs
+    dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs, scales=None
 ):  # the schema's order
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
+    weight = weight if scales is None else dequantize(weight, scales, x.dtype)
     with no_autocast(x):
         dx, (da,), (db,), dgates = run.backward(backend, [dy], x, [weight], [lora_a], [lora_b], [h], plan, needs)
     return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, da, db, dgates))
 
 
-def _fake_forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend):
+def _fake_forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend, scales=None):
     T = 1
     for size in x.shape[:-1]:
         T *= size
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(T, experts.shape[1] * lora_a.shape[2])
 
 
-def _fake_backward(dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs):
+def _fake_backward(
+    dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, scale, dropout, seed, backend, needs, scales=None
+):
     inputs = ((x, needs[0]), (lora_a, needs[2]), (lora_b, needs[3]), (gates, needs[1]))
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else x.new_empty(0)
@@ -152,22 +168,23 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, *call: Any) -> tuple[Tensor, Tensor]:
-        x, weight, _, lora_a, lora_b, experts, gates, offsets, ctx.scale, ctx.dropout, seed, ctx.backend = call
+        x, weight, _, lora_a, lora_b, experts, gates, offsets, ctx.scale, ctx.dropout, seed, ctx.backend, *scales = call
         y, h = below_autograd(torch.ops.moe_lora.linear.default, keys, call)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, h, experts, gates, offsets, seed)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, h, experts, gates, offsets, seed, *scales)
         ctx.mark_non_differentiable(h)
         return y, h
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple:
-        x, weight, lora_a, lora_b, h, experts, gates, offsets, seed = ctx.saved_tensors
+        x, weight, lora_a, lora_b, h, experts, gates, offsets, seed, *scales = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = [wanted[1], wanted[7], wanted[4], wanted[5]]  # of x, the gates, A, B
+        plan = Plan(experts, gates, offsets, ctx.scale, ctx.dropout, seed)
         grads = torch.ops.moe_lora.linear_backward.default(
-            dy, x, weight, lora_a, lora_b, h, experts, gates, offsets, ctx.scale, ctx.dropout, seed, ctx.backend, needs
+            dy, x, weight, lora_a, lora_b, h, *plan, ctx.backend, needs, *scales
         )
         dx, da, db, dgates = (grad if wanted[i] else None for grad, i in zip(grads, (1, 4, 5, 7), strict=True))
-        return None, dx, None, None, da, db, None, dgates, None, None, None, None, None
+        return None, dx, None, None, da, db, None, dgates, None, None, None, None, None, *[None] * len(scales)
 
 
 class _LinearBackward(torch.autograd.Function):
