@@ -11,16 +11,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first
     "moe_lora": (
-        ("config", "routing", "dropout", "storage", "weight"),
-        ("gate",),
+        ("config", "routing", "dropout", "storage", "weight", "fingerprint"),
+        ("gate", "question", "card", "rows"),
         ("backend",),
         ("ops",),
         ("group",),
         ("verify", "slot"),
         ("layers",),
         ("siblings", "context"),
+        ("calls",),
         ("inject",),
         ("checkpoint",),
+        ("adopt",),
         ("audit", "peft"),
         ("__init__",),
         ("__main__",),

@@ -1,6 +1,6 @@
 """`route` tells the experts of a model which of them a batch uses."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from moe_lora.layers import MoELoRALinear
 from moe_lora.routing import Routing
-from moe_lora.slot import Entry, RouteSlot
+from moe_lora.slot import Base, Entry, RouteSlot
 
 
 @contextmanager
-def route(model: nn.Module, routing: Routing) -> Iterator[None]:
+def route(model: nn.Module, routing: Routing, images: Sequence[int] | Tensor | None = None) -> Iterator[None]:
     """Within it, the experts of `model` use `routing`; the innermost of nested ones counts.
 
     It holds for the asyncio task or thread that enters it, for tasks that are started within it, and in a generator
@@ -31,6 +31,8 @@ def route(model: nn.Module, routing: Routing) -> Iterator[None]:
     Args:
         model: a model with experts, or one that holds it, as DDP or torch.compile do.
         routing: of the batch that the model is called with; layers on other devices use a copy of it there.
+        images: the instance of each image, for experts in an image tower whose images are not one to an instance. None
+            means what the image tokens of each row say, where they say it.
     Raises:
         ValueError: the model has no experts, or parts of it were given experts by separate calls of `apply`.
         TypeError: routing is no Routing.
@@ -38,14 +40,14 @@ def route(model: nn.Module, routing: Routing) -> Iterator[None]:
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
     slot = prepare(model)
-    with enter(slot, routing):
+    with enter(slot, routing, images):
         yield
 
 
 @contextmanager
-def enter(slot: RouteSlot, routing: Routing) -> Iterator[None]:
+def enter(slot: RouteSlot, routing: Routing | Base, images: Any = None) -> Iterator[None]:
     """`route` for the layers of a slot."""
-    before, entry = slot.routing, Entry(slot, routing)
+    before, entry = slot.routing, Entry(slot, routing, images)
     entry.enter()
     if torch.compiler.is_compiling():
         slot.routing = routing
@@ -108,17 +110,27 @@ class _RoutedCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         routing = self.slot.current()
-        if routing is None:
+        if not isinstance(routing, Routing):
             return self.checkpoint(function, *args, **kwargs)
         gates = routing.gates
         if torch.is_grad_enabled() and not gates.requires_grad:
             # reentrant checkpointing returns no gradient at all unless one argument requires it
             gates = gates.detach().requires_grad_()
-        return self.checkpoint(partial(_under, self.slot, routing, function), gates, *args, **kwargs)
+        return self.checkpoint(partial(_under, self.slot, routing, self.slot.batch, function), gates, *args, **kwargs)
 
 
 def _under(
-    slot: RouteSlot, routing: Routing, function: Callable[..., Any], gates: Tensor, *args: Any, **kwargs: Any
+    slot: RouteSlot,
+    routing: Routing,
+    batch: Any,
+    function: Callable[..., Any],
+    gates: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    with enter(slot, routing.with_gates(gates)):
-        return function(*args, **kwargs)
+    around, slot.batch = slot.batch, batch
+    try:
+        with enter(slot, routing.with_gates(gates)):
+            return function(*args, **kwargs)
+    finally:
+        slot.batch = around

@@ -43,6 +43,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device | None = None) -> Te
     if isinstance(seed, Tensor):
         if seed.dim() or seed.dtype != torch.int64:
             raise ValueError(f"seed must be a 0-dim int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
+        if seed.is_meta:
+            raise ValueError("seed must have a value, got one on the meta device; give it on the CPU")
         return seed
     if not isinstance(seed, int):
         raise TypeError(f"seed must be None, an integer or a 0-dim int64 tensor, got {seed!r}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lora.backend import run
 from moe_lora.dropout import as_seed
-from moe_lora.ops import autocast_dtype, below_autograd, check, derivative, no_autocast
+from moe_lora.ops import autocast_dtype, below_autograd, check, derivative, no_autocast, no_view
 from moe_lora.routing import Plan, Routing
 
 _LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
@@ -76,7 +76,8 @@ def linear_group(
 def _forward(x, weights, biases, lora_as, lora_bs, experts, gates, offsets, scale, dropout, seed, backend):
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
     with no_autocast(x):
-        return run.forward(backend, x, weights, biases, lora_as, lora_bs, plan)
+        ys, hs = run.forward(backend, x, weights, biases, lora_as, lora_bs, plan)
+    return [no_view(y) for y in ys], list(hs)
 
 
 def _backward(

@@ -4,53 +4,76 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from moe_lora.calls import watch
 from moe_lora.config import MoELoRAConfig
+from moe_lora.gate import InstanceGate
 from moe_lora.layers import MoELoRALinear
+from moe_lora.rows import is_tower
 from moe_lora.siblings import group_siblings
 from moe_lora.slot import RouteSlot
 
+_ROUTER = re.compile(r"(^|_)(gate|router|switch)$")
+_HEADS = ("classifier", "score", "qa_outputs", "classification_head")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def apply(model: nn.Module, config: MoELoRAConfig, group: bool = True) -> nn.Module:
+def apply(
+    model: nn.Module,
+    config: MoELoRAConfig,
+    group: bool | tuple[type, ...] = True,
+    train: tuple[str, ...] | None = None,
+) -> nn.Module:
     """Replaces the config's target linears by `MoELoRALinear`, in place, and freezes every other parameter.
 
     Every target must be called with the rows of the whole batch in its order, [N, L, D] or flattened: the rows are
-    counted to know whose they are. A linear that is given picked rows, as one expert of a sparse MoE model is, must not
-    be a target.
+    counted to know whose they are. A linear that is given picked rows, as one expert of a sparse MoE model is, cannot
+    be a target. Names of an image tower can: see `images` of `route`.
 
     Args:
         model: any model; its frozen parameters keep their dtype and device, and the experts are made on that device.
         config: how many experts of which rank, on which linears.
         group: compute q_proj, k_proj and v_proj of a causal attention together, and gate_proj and up_proj, by
-            `linear_group`, if all of them are targets. Names, parameters and results stay as they are; the siblings
-            share a dropout mask. In a compiled graph and in inference mode, where a change of x between the calls
-            could not be seen, each layer runs alone.
+            `linear_group`, if all of them are targets, in the attentions and MLPs of transformers; a tuple of classes:
+            in those too, which must not change x between the calls through x.data. Names, parameters and results stay
+            as they are; the siblings share a dropout mask. In a compiled graph and in inference mode, where a change
+            of x between the calls could not be seen, each layer runs alone.
+        train: names of modules that go on training whole, such as a new head ("score",), matched like target_modules;
+            () for none. None means none, too, but is refused for a model with a head of a classifier's name.
 
     Returns:
         The model.
     Raises:
         ValueError: no linear matches the config or one of its names (names what there is), the model has experts
-            already, a target is no plain nn.Linear (GPT-2's Conv1D, a quantised linear) or has hooks, or the model's
-            code would go round the layers.
+            already, a target is no plain nn.Linear (GPT-2's Conv1D, a quantised linear), has hooks or gets picked rows,
+            the model's code would go round the layers, or a head would be frozen unasked.
         TypeError: config is no MoELoRAConfig.
     """
     if not isinstance(config, MoELoRAConfig):
         raise TypeError(f"config must be a moe_lora.MoELoRAConfig, got {type(config).__name__}")
     targets = find_targets(model, config)
+    kept = _kept(model, targets, train)
     model.requires_grad_(False)
+    for module in kept:
+        module.requires_grad_(True)
     slot = RouteSlot()
     layers: dict[nn.Module, MoELoRALinear] = {}
+    towers = {name for name in targets if is_tower(model, name)}
     for name, base in targets.items():
         if base not in layers:  # one linear may have two names
             layers[base] = MoELoRALinear.from_linear(base, config, slot)
+            layers[base].tower = name in towers
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[base])
     if group:
         for parent in list(model.modules()):
-            group_siblings(parent, slot)
+            group_siblings(parent, slot, group if isinstance(group, tuple) else ())
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and _holds_experts(module):
+            _keep_slow(module)
+    watch(model, slot)
     return model
 
 
@@ -80,7 +103,72 @@ def find_targets(model: nn.Module, config: MoELoRAConfig) -> dict[str, nn.Linear
             raise ValueError(f"targets must have a plain floating point weight, got {got} at {name}")
         if any(getattr(module, hooks) for hooks in _HOOKS):
             raise ValueError(f"targets must have no hooks, which would be lost, got some at {name}; hook after apply")
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"targets must not be dispatched yet, got a hook of Accelerate at {name}, whose weights may be "
+                "elsewhere; apply first, then accelerate.dispatch_model"
+            )
+        picked = _picked(modules, name)
+        if picked:
+            raise ValueError(
+                f"targets must get the rows of the whole batch, got {name}, which is one of the experts {picked}, "
+                "whose rows are picked by a router; leave them out of target_modules"
+            )
+        parent = modules[name.rpartition(".")[0]]
+        attention = getattr(parent, "self_attn", None)
+        if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
+            raise ValueError(f"targets must get the batch first, got {name} of a layer with batch_first=False")
     return targets
+
+
+def _picked(modules: dict[str, nn.Module], name: str) -> str | None:
+    """The name of the list of experts that a linear is in, if a router beside it picks their rows."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        holder, of = modules[".".join(parts[:end])], modules[".".join(parts[: end - 1])]
+        if isinstance(holder, nn.ModuleList | nn.ModuleDict) and len(holder) > 1:
+            routers = [
+                child
+                for child_name, child in of.named_children()
+                if _ROUTER.search(child_name) and len(holder) in tuple(getattr(child, "weight", torch.empty(0)).shape)
+            ]
+            if "expert" in parts[end - 1] or routers:
+                return ".".join(parts[:end])
+    return None
+
+
+def _kept(model: nn.Module, targets: dict[str, nn.Linear], train: tuple[str, ...] | None) -> list[nn.Module]:
+    """The modules that go on training: those named, and gates."""
+    if isinstance(train, str):
+        raise ValueError(f"train must be names of modules, got {train!r}; give a tuple")
+    modules = dict(model.named_modules())
+    idle = [name for name in train or () if not any(_named(path, name) for path in modules)]
+    if idle:
+        raise ValueError(f"train must name modules of the model, got none for {', '.join(idle)}")
+    heads = [path for path in modules if path.rpartition(".")[2] in _HEADS and path not in targets]
+    if train is None and any(True for path in heads for _ in modules[path].parameters()):
+        raise ValueError(
+            f"apply freezes all but the experts, which would freeze the head {heads[0]}: give train=({heads[0]!r},) to "
+            "train it, or train=() to freeze it"
+        )
+    named = [module for path, module in modules.items() if any(_named(path, name) for name in train or ())]
+    return [*named, *(module for module in modules.values() if isinstance(module, InstanceGate))]
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return any(isinstance(child, MoELoRALinear) for child in module.modules())
+
+
+def _keep_slow(module: nn.Module) -> None:
+    """Keeps torch's encoder from its fast path, which reads the linears' weights and goes round the layers."""
+    if isinstance(module, nn.TransformerEncoder):
+        module.enable_nested_tensor = module.use_nested_tensor = False
+    else:
+        module.register_forward_pre_hook(_stay)  # a layer with hooks takes no fast path
+
+
+def _stay(module: nn.Module, args: Any) -> None:
+    return None
 
 
 def _linears(modules: dict[str, nn.Module]) -> str:

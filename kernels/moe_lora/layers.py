@@ -1,12 +1,16 @@
 """`MoELoRALinear`: a frozen linear with E low-rank experts, in place of `nn.Linear`."""
 
+from itertools import accumulate
+from operator import mul
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_lora.config import MoELoRAConfig
 from moe_lora.ops import linear
 from moe_lora.routing import Routing
-from moe_lora.slot import RouteSlot
+from moe_lora.slot import Base, RouteSlot
 
 
 class MoELoRALinear(nn.Module):
@@ -42,6 +46,7 @@ class MoELoRALinear(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(E, self.in_features, R, dtype=dtype, device=weight.device))
         self.lora_b = nn.Parameter(torch.empty(E, R, self.out_features, dtype=dtype, device=weight.device))
         self.slot = slot or RouteSlot()
+        self.tower = False  # of images, video or audio in a model that reads text
         self.reset_parameters()
 
     @classmethod
@@ -64,13 +69,18 @@ class MoELoRALinear(nn.Module):
             ValueError, TypeError: as `moe_lora.linear`.
         """
         if routing is None:
-            routing = self.slot.current()
-            if routing is None:
+            context = self.slot.current()
+            if context is None:
                 raise RuntimeError(
                     "MoELoRALinear needs a routing: call the model inside `with moe_lora.route(model, routing)`, in "
                     "the same thread, or pass routing=; if this is a recomputation in backward, checkpoint with "
                     "model.gradient_checkpointing_enable()"
                 )
+            if isinstance(context, Base):
+                return functional.linear(x, self.weight, self.bias)
+            routing = context
+            if isinstance(x, Tensor) and not torch.compiler.is_compiling():
+                routing = self._own_rows(x, routing)
         if isinstance(routing, Routing) and isinstance(x, Tensor):  # linear says what else is wrong
             routing = self.slot.on(x.device, routing)
         siblings = None if torch.compiler.is_compiling() else self.slot.siblings
@@ -79,6 +89,18 @@ class MoELoRALinear(nn.Module):
             return y
         dropout = self.config.dropout if self.training else 0.0
         return linear(x, self.weight, self.bias, self.lora_a, self.lora_b, routing, self.scale, dropout)
+
+    def _own_rows(self, x: Tensor, routing: Routing) -> Routing:
+        batch = self.slot.batch
+        if batch is not None:
+            return batch.routing_of(x, routing, self.tower)
+        N, lead = routing.experts.shape[0], x.shape[:-1]
+        if routing.offsets is None and len(lead) > 1 and lead[0] != N and N not in accumulate(lead, mul):
+            raise ValueError(
+                f"the routing must be of this batch, got {N} instances for x {tuple(x.shape)}; route this batch, or "
+                "repeat the routing by its expand()"
+            )
+        return routing
 
     def extra_repr(self) -> str:
         config = self.config

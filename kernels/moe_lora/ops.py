@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
 
 from moe_lora.backend import run
 from moe_lora.dropout import as_seed
@@ -89,6 +91,8 @@ def check(
         raise TypeError(f"routing must be a moe_lora.Routing, got {type(routing).__name__}")
     base = weight.data if isinstance(weight, QuantizedWeight) else weight
     tensors = {"x": x, "weight": base, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    if not torch.compiler.is_compiling():
+        _check_transforms([x, lora_a, lora_b, routing.gates])
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -128,12 +132,29 @@ def check(
     routing.check(x.shape, E)
 
 
+def _check_transforms(tensors: list[Any]) -> None:
+    """Refuses what would be silently zero, or fail deep inside: tangents, and the transforms of torch.func."""
+    if _functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "moe_lora has no rule for torch.func transforms (grad, vmap, jvp); use backward() or torch.autograd.grad"
+        )
+    if forward_ad._current_level >= 0 and any(
+        isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise NotImplementedError("moe_lora has no forward-mode derivative; use backward() or torch.autograd.grad")
+
+
 def _forward(x, weight, bias, lora_a, lora_b, experts, gates, offsets, scale, dropout, seed, backend, scales=None):
     plan = Plan(experts, gates, offsets, scale, dropout, seed)
     weight = weight if scales is None else dequantize(weight, scales, x.dtype)
     with no_autocast(x):
         (y,), (h,) = run.forward(backend, x, [weight], [bias], [lora_a], [lora_b], plan)
-    return y, h
+    return no_view(y), h
+
+
+def no_view(y: Tensor) -> Tensor:
+    """The same memory as a tensor that may be changed in place: autograd forbids that of a view made in an op."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def _backward(

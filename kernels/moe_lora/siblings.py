@@ -15,7 +15,14 @@ from moe_lora.slot import RouteSlot
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def group_siblings(parent: nn.Module, slot: RouteSlot) -> None:
+def group_siblings(parent: nn.Module, slot: RouteSlot, classes: tuple[type, ...] = ()) -> None:
+    """Computes the siblings of a parent together, if it is of transformers or of one of the classes.
+
+    Of other classes it is not known that their forward leaves x alone between the calls; a change through x.data could
+    not be seen.
+    """
+    if not type(parent).__module__.startswith("transformers.models.") and not isinstance(parent, classes):
+        return
     for names in _SIBLINGS:
         layers = [parent._modules.get(name) for name in names]
         causal = names[0] != "q_proj" or getattr(parent, "is_causal", False)

@@ -27,21 +27,37 @@ _MANAGERS = {
 }
 
 
+class Base:
+    """In place of a routing: the layers are the frozen linears alone."""
+
+    def __reduce__(self):
+        return "BASE"
+
+
+BASE = Base()
+
+
 class RouteSlot(threading.local):
     """What one model's layers share in one thread; each thread has its own."""
 
     def __init__(self):
         # in the instance, not in the class: torch.compile would guard that the instance has none yet
-        self.routing: Routing | None = None  # for compiled code
+        self.routing: Routing | Base | None = None  # for compiled code
+        self.batch: Any = None  # a `Batch`, while the forward of the model runs
         self.siblings: Any = None  # a `Siblings`, while the forward of their parent runs
         self.copied: tuple[tuple, Routing] | None = None  # the last routing that was wanted on another device
 
-    def current(self) -> Routing | None:
+    def current(self) -> Routing | Base | None:
         """The routing of this context, or None."""
         if torch.compiler.is_compiling():
             return self.routing
         entry = _innermost(self)
         return None if entry is None else entry.routing
+
+    def images(self) -> Any:
+        """The instance of each image, as `route` was told; None if it was not."""
+        entry = _innermost(self)
+        return None if entry is None else entry.images
 
     def sync(self) -> None:
         """Let compiled code in this thread see the routing of this context."""
@@ -69,10 +85,12 @@ class Entry:
     Args:
         slot: of the model that it holds for.
         routing: None once it was left.
+        images: the instance of each image, or None.
     """
 
-    def __init__(self, slot: RouteSlot, routing: Routing):
-        self.slot, self.routing = slot, routing
+    def __init__(self, slot: RouteSlot, routing: Routing | Base, images: Any = None):
+        self.slot, self.images = slot, images
+        self.routing: Routing | Base | None = routing
         self.outer: Entry | None = None
         self.frame: FrameType | None = None  # the generator that it belongs to
 

@@ -356,7 +356,9 @@ class Octavius(nn.Module):
                 step.enter_context(moe_lora.route(self.llm, self.gate.routing(inputs)))
 
             with ExitStack() as step:
-                handle = self.llm.base_model.register_forward_pre_hook(route_tokens, with_kwargs=True)
+                step.enter_context(moe_lora.route(self.llm, routed.routing))
+                # before the hooks of `apply`, which compare the routing with the tokens of this step of generation
+                handle = self.llm.register_forward_pre_hook(route_tokens, with_kwargs=True, prepend=True)
                 step.callback(handle.remove)
                 yield routed
         else:

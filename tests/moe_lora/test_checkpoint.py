@@ -49,11 +49,8 @@ def folder(tmp_path):
 
 
 def test_save_writes_pefts_folder(folder):
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "manifest.json",
-    ]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "MOE_LORA" and config["target_modules"] == ["up", "down"]
     assert set(load_file(folder / "adapter_model.safetensors")) == {
@@ -198,7 +195,7 @@ def edit_config(**change):
     def damage(folder):
         path = folder / "adapter_config.json"
         values = json.loads(path.read_text()) | change
-        text = json.dumps({key: value for key, value in values.items() if value is not None})
+        text = json.dumps({key: value for key, value in values.items() if value is not None or key not in change})
         path.write_text(text)
         tensors = load_file(folder / "adapter_model.safetensors")
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"config": text})

@@ -215,7 +215,8 @@ def test_siblings_get_what_each_gives_alone(between, groups):
     found = []
     for group in (True, False):
         torch.manual_seed(0)
-        model = moe_lora.apply(Attention(between), MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV), group=group)
+        config = MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV)
+        model = moe_lora.apply(Attention(between), config, group=group and (Attention,))
         for layer in (model.q_proj, model.k_proj, model.v_proj):
             nn.init.normal_(layer.lora_b)
         with moe_lora.route(model, ROUTING), torch.no_grad():
@@ -226,7 +227,7 @@ def test_siblings_get_what_each_gives_alone(between, groups):
 
 def test_siblings_run_alone_where_they_cannot_be_seen_together(groups):
     config, x = MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV), torch.ones(4, 5, 8)
-    model = moe_lora.apply(Attention(lambda x: x), config)
+    model = moe_lora.apply(Attention(lambda x: x), config, group=(Attention,))
     with moe_lora.route(model, ROUTING):
         with torch.inference_mode():
             model(torch.ones(4, 5, 8))
@@ -239,13 +240,14 @@ def test_siblings_run_alone_where_they_cannot_be_seen_together(groups):
     assert groups == []
     acausal = Attention(lambda x: x)
     acausal.is_causal = False
-    with moe_lora.route(moe_lora.apply(acausal, config), ROUTING):
+    with moe_lora.route(moe_lora.apply(acausal, config, group=(Attention,)), ROUTING):
         acausal(x)
     assert groups == []
 
 
 def test_siblings_of_many_threads_stay_apart(groups):
-    model = moe_lora.apply(Attention(lambda x: x), MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV))
+    config = MoELoRAConfig(4, 2, 3, dropout=0, target_modules=QKV)
+    model = moe_lora.apply(Attention(lambda x: x), config, group=(Attention,))
     barrier, wrong = threading.Barrier(4), []
 
     def work(seed):

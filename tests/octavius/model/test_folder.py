@@ -42,7 +42,7 @@ def assert_same(one, other):
 
 def test_folder_holds_what_trains_only(saved, parts):
     assert sorted(path.name for path in saved.iterdir()) == sorted(
-        ["adapter_config.json", "adapter_model.safetensors", "manifest.json", CONFIG, WEIGHTS]
+        ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", CONFIG, WEIGHTS]
     )
     projector = {"net.0.weight", "net.0.bias", "positions", "mean", "std", "limit"}
     own = {"markers", "gate.w_gating", "share"} | {f"projector.{name}" for name in projector}
@@ -74,7 +74,7 @@ def test_save_over_an_older_one(parts, folder):
     other = tiny.make(parts, seed=9)
     other.save(folder)
     assert_same(snapshot(Octavius.from_folder(folder)), snapshot(other))
-    assert len(list(folder.iterdir())) == 5
+    assert len(list(folder.iterdir())) == 6
 
 
 def cut(name):

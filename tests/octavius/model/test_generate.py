@@ -98,7 +98,7 @@ def test_generation_leaves_nothing_behind(models, records, mode):
     before = model(**batch)["loss"]
     model.generate(**tiny.batch(model, records, answer=False), max_new_tokens=3)
     assert torch.equal(model(**batch)["loss"], before)
-    assert not model.llm.base_model._forward_pre_hooks
+    assert len(model.llm._forward_pre_hooks) == 1  # of moe_lora.apply
     with pytest.raises(RuntimeError, match="needs a routing"):
         model.llm(inputs_embeds=torch.zeros(1, 3, 64))
 
