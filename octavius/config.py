@@ -167,6 +167,7 @@ RANGES: dict[type, dict[str, Range]] = {  # of every numeric field, checked when
         "beta2": Range(0, 1, below=True),
         "weight_decay": AMOUNT,
         "warmup": FRACTION,
+        "workers": AMOUNT,
         "max_grad_norm": AMOUNT,
         "seed": Range(0, 2**32 - 1),
     },
