@@ -18,7 +18,10 @@ from octavius.inputs.documents import parse_yaml, read_json, read_yaml
 from octavius.points.cloud import read_cloud
 
 
-@pytest.mark.parametrize("read, deep", [(read_json, "["), (read_yaml, "["), (read_yaml, "{a: ")], ids=str)
+DEEP = {"json": (read_json, "["), "yaml list": (read_yaml, "["), "yaml mapping": (read_yaml, "{a: ")}
+
+
+@pytest.mark.parametrize(("read", "deep"), DEEP.values(), ids=DEEP)
 def test_deep_nesting_and_byte_order_mark(tmp_path, read, deep):
     path = tmp_path / "file"
     path.write_text(deep * 50_000)
