@@ -104,6 +104,8 @@ def chat_command(
     from octavius.session.terminal import Terminal, lines, parse_experts
 
     options = Options(max_tokens, experts=parse_experts(experts))
+    if boxes is not None and not boxes.exists():
+        raise ValueError(f"boxes must be a readable file or folder, got {boxes}: there is no such file")
     given = read_boxes(boxes) if boxes else None  # a mistake in it is told before a model is loaded
     loaded = Octavius.from_folder(model), Octavius.from_folder(single) if single else None
     session = Session(loaded[0], options, task, blind, loaded[1])

@@ -242,7 +242,7 @@ class Decoder:
     def _routing(self, embeds: torch.Tensor, answers: Sequence[Answer]) -> moe_lora.Routing:
         """One routing for all rows, as wide as the widest of them; a token gate's has one instance a position."""
         rows = [answer.routing for answer in answers]
-        own = self.model.gate(embeds)[0] if None in rows else None  # [n·L, K]
+        own = self.model.gate.routing(embeds) if None in rows else None  # [n·L, K]
         width = max([routing.experts.shape[1] for routing in rows if routing] + ([own.experts.shape[1]] if own else []))
         length = embeds.shape[1] if own else 1
         experts, gates = [], []

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from octavius import cli
@@ -122,7 +123,8 @@ def test_two_benchmarks_of_one_metric_have_a_row_each():
         check([{"benchmark": "voc", **truth}, {"benchmark": "voc", "metric": "caption", "sentences": ["a cat"]}])
 
 
-def test_benchmark_of_an_installed_package_is_listed_and_scored(installed, parts, tmp_path):
+def test_benchmark_of_an_installed_package_is_listed_and_scored(installed, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=200))  # CI has no terminal whose width counts
     squares(tmp_path)
     model = tiny.make(parts)
     model.save(tmp_path / "model")

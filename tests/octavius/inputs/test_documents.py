@@ -17,7 +17,6 @@ from octavius.inputs.boxes import fraction_box
 from octavius.inputs.documents import parse_yaml, read_json, read_yaml
 from octavius.points.cloud import read_cloud
 
-
 DEEP = {"json": (read_json, "["), "yaml list": (read_yaml, "["), "yaml mapping": (read_yaml, "{a: ")}
 
 

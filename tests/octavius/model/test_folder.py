@@ -45,7 +45,8 @@ def test_folder_holds_what_trains_only(saved, parts):
         ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", CONFIG, WEIGHTS]
     )
     projector = {"net.0.weight", "net.0.bias", "positions", "mean", "std", "limit"}
-    own = {"markers", "gate.w_gating", "share"} | {f"projector.{name}" for name in projector}
+    gate = {f"gate.{name}" for name in ("w_gating", "center", "scale", "bias")}
+    own = {"markers", "share"} | gate | {f"projector.{name}" for name in projector}
     assert load_file(saved / WEIGHTS).keys() == own
     assert json.loads((saved / CONFIG).read_text())["llm"] == str(parts.llm)
 

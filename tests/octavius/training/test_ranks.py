@@ -25,7 +25,10 @@ def outcome(folder):
 def assert_near(one, other):
     assert len(one[0]) == len(other[0]) == 20 and one[1].keys() == other[1].keys()
     assert max(abs(a - b) for a, b in zip(one[0], other[0], strict=True)) < 1e-5
-    assert max((tensor - other[1][name]).abs().max().item() for name, tensor in one[1].items()) < 1e-5
+    far = {name: (tensor - other[1][name]).abs().max().item() for name, tensor in one[1].items()}
+    # a key's bias moves all scores of a softmax alike: its gradient is rounding alone, which Adam scales to whole steps
+    far = {name: distance for name, distance in far.items() if not name.endswith("fc_k.bias")}
+    assert max(far.values()) < 1e-5, max(far.items(), key=lambda item: item[1])
 
 
 @pytest.fixture(scope="module")

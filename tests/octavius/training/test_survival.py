@@ -50,8 +50,8 @@ def end(folder):
 
 
 FILES = (
-    "adapter_model.safetensors", "adapter_config.json", "octavius.safetensors", "octavius.json", "optimizer.pt",
-    "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json",
+    "README.md", "adapter_model.safetensors", "adapter_config.json", "octavius.safetensors", "octavius.json",
+    "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json",
 )  # fmt: skip
 
 

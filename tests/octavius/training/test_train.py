@@ -320,7 +320,7 @@ def test_gate_has_its_own_rate_and_no_decay_and_experts_their_own_steps(parts, t
 
 def test_routing_is_seen_while_training(learnt, parts):
     config, model, report = learnt
-    routing, tasks = report["routing"], ["caption", "classification", "detection", "vqa"]
+    routing, tasks = report["routing"], ["mini-caption", "mini-classification", "mini-detection", "mini-vqa"]
     assert routing["tasks"] == tasks and routing["information"] > 0.9
     batch = tiny.batch(model, tiny.records(parts))
     gates, benchmarks = model(**batch)["gates"], [record.task for record in tiny.records(parts)]

@@ -388,9 +388,8 @@ def test_groups_that_do_not_fit_run_one_by_one():
 
     group = groups.make(case, widths, torch.float16)
     assert why(group).startswith("3 together, ")
-    assert why(groups.make(case, (8, 8, 8), torch.float16)).startswith(
-        "one by one: a group has 2 to 3 members here, got 4"
-    )
+    four = why(groups.make(case, (8, 8, 8), torch.float16))
+    assert four.startswith("one by one: ") and "a group has at most 3 members here, got 4" in four
     assert "float32 leaves no registers" in why(groups.make(case, widths, torch.float32))
     group.lora_as[1] = torch.zeros(4, 72, 8)
     assert "lora_a must have one shape, got (4, 72, 16), (4, 72, 8)" in why(group)
