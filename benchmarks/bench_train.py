@@ -93,8 +93,8 @@ class Frozen(moe_lora.MoELoRALinear):
 
 class Einsum(moe_lora.MoELoRALinear):
     def forward(self, x, routing=None):
-        routing = self.slot.routing
-        assert routing is not None
+        routing = self.slot.current()
+        assert isinstance(routing, moe_lora.Routing)
         dense = x.new_zeros(x.shape[0], self.lora_a.shape[0])
         dense = dense.scatter_add(1, routing.experts.long(), routing.gates.to(x.dtype)) * self.scale
         h = torch.einsum("nld,edr->nler", x, self.lora_a.to(x.dtype))

@@ -16,7 +16,7 @@ from octavius.training.stopped import PreemptedError, TrainingStoppedError
 def check_weights(model: nn.Module, step: int) -> None:
     """Raise TrainingStoppedError if a weight that trains is NaN or Inf; it names the first."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm([p.detach() for _, p in named])])
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm([p.detach() for _, p in named])])  # type: ignore[reportPrivateImportUsage]
     if norms.isfinite().all():
         return
     for name, p in named:  # a norm may overflow where every number is finite
@@ -43,7 +43,7 @@ class Guards(TrainerCallback):
         norm = self.norm
         if norm is None:  # nothing clipped it
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(gradients)]))
+            norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(gradients)]))  # type: ignore[reportPrivateImportUsage]
         self.norm = None
         if not torch.isfinite(torch.as_tensor(norm)):
             raise TrainingStoppedError(

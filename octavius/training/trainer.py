@@ -122,7 +122,7 @@ class OctaviusTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tokens += int(inputs["attention_mask"].sum())
-        self.guards.labels = self.guards.labels + num_items_in_batch
+        self.guards.labels = self.guards.labels + num_items_in_batch  # type: ignore[operator]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seen = self.state.global_step * step
         self.model.balanced = seen >= len(self.first)  # type: ignore[union-attr, assignment]
@@ -199,7 +199,7 @@ class OctaviusTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Have Trainer write into a staged folder, every rank its part, and the first rank commit it."""
         check_weights(self.model, self.state.global_step)  # type: ignore[arg-type]
-        output, name = Path(self.args.output_dir), f"{CHECKPOINT}-{self.state.global_step}"
+        output, name = Path(str(self.args.output_dir)), f"{CHECKPOINT}-{self.state.global_step}"
         self.draft = output / f".{name}.staged"
         try:
             with self.together(output / name):
@@ -234,7 +234,7 @@ class OctaviusTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.model.write(folder)  # type: ignore[union-attr, operator]
 

@@ -192,7 +192,7 @@ def backward(
             grid = None
             if form.startswith("fused") and dx is not None:
                 grid = call.kept("grid", call.fused_grid, drows[0], weights[0], weights[0].shape[1], 0.0)
-            if grid:
+            if grid and dx is not None:
                 loras = (ups[0], downs[0])
                 dss = [call.fused("fused", drows[0], weights[0], None, loras, dx, grid, route, dropout=False)]
             else:
