@@ -132,6 +132,7 @@ class Bench:
         self.models = {name: make[name]() if name in make else self.ours for name in names}
         records, (store, _) = load_data(config.data, "train.json", **self.ours.readers())
         assert store is not None
+        self.tower = store.tower
         end, P = self.ours.conversation.eos, store.tower.tokens
         data = InstructionData(records, self.ours.conversation, P, config.data.max_tokens)
         order = torch.randperm(len(data))[: options.steps * options.batch].tolist()
@@ -155,6 +156,8 @@ class Bench:
         with backend(name):
             start = self.clock()
             inputs = collate(batch)
+            if isinstance(model, Peft) and "pixels" in inputs:  # as usual: the tower runs in every step
+                inputs["features"] = self.tower.features(inputs.pop("pixels"))
             if "features" in inputs:
                 inputs["features"] = inputs["features"].float()
             loss = model(**inputs)
