@@ -43,7 +43,7 @@ def parse_boxes(text: str, labels: Sequence[str]) -> list[tuple[str | None, Box]
 
 
 def parse_confident_boxes(text: str, labels: Sequence[str]) -> list[tuple[str | None, Box, float | None]]:
-    """As `parse_boxes`, with each box's confidence: a fifth number in its brackets; None where there is none."""
+    """Boxes like `parse_boxes` finds, each with its confidence, the fifth number in its brackets, or None."""
     boxes = [(match, numbers) for match in BRACKETS.finditer(text) if (numbers := _numbers(match[1])) is not None]
     masked = _masked(text, [match.span() for match, _ in boxes])
     named = mentions(masked, labels)

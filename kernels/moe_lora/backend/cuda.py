@@ -26,7 +26,7 @@ _COLUMNS, _RANKS = 32, 128  # as in decode.cu
 
 
 class Sizes(ctypes.Structure):
-    """As in decode.cu."""
+    """Sizes of a call; the same fields as in decode.cu."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("T", "D", "F", "N", "L", "E", "K", "R", "stride")),

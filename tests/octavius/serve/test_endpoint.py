@@ -363,7 +363,7 @@ def test_client_that_leaves_frees_its_row(live, parts):
 
 
 def test_full_line_is_refused_and_late_requests_are_told(model):
-    """With one row and two places, the fourth request gets 429; with no time at all, 503."""
+    """The fourth request for one row and two places gets 429; one that has no time at all, 503."""
     limits = replace(LIMITS, rows=1, waiting=2)
 
     async def rush():

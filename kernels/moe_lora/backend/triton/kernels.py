@@ -428,7 +428,7 @@ def _columns(
     group, experts_ptr, i, E, K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
     INSTANCE: tl.constexpr,
 ):  # fmt: skip
-    """Of C columns of the rank space: k or e, expert, place in the rank, and which exist; each [C]."""
+    """What C columns of the rank space are: k or e, expert, place in the rank, and which exist; each [C]."""
     c = group * C + tl.arange(0, C)
     slot, r = c // RANK, c % RANK
     if INSTANCE:

@@ -249,7 +249,7 @@ def test_mask_is_the_documented_function(seed, first_row, D):
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("D", [32, 31])
 def test_mask_is_the_same_forward_and_backward(D, form):
-    """With A, B and dy of ones and identities h, dx and dA are the mask itself."""
+    """The mask itself is h, dx and dA where A, B and dy are ones and identities."""
     T = R = F = 32
     eye = torch.eye(32, dtype=torch.float16)
     x, weight = torch.ones(T, D, dtype=torch.float16), torch.zeros(F, D, dtype=torch.float16)
