@@ -24,6 +24,7 @@ package with an entry point of the group `moe_lora.backends` that names such an 
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +89,12 @@ def registered() -> dict[str, Any]:
     if not _found_entry_points:
         _found_entry_points = True
         for entry in entry_points(group="moe_lora.backends"):
-            register_backend(entry.name, entry.load())
+            try:
+                register_backend(entry.name, entry.load())
+            except Exception as error:  # a package of somebody else may be broken in any way
+                warnings.warn(
+                    f"backend {entry.name} ({entry.value}) is left out: {autotune.reason_of(error)}", stacklevel=2
+                )
     return _BACKENDS
 
 

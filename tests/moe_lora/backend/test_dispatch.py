@@ -191,3 +191,13 @@ def test_form_can_be_named(three):
     assert all(torch.allclose(y, ys[0], atol=1e-5) for y in ys)
     with pytest.raises(ValueError, match="cannot run this call as 'warp'; its forms: gather, concat, loop"):
         moe_lora.linear(x, weight, None, lora_a, lora_b, routing, backend="reference/warp")
+
+
+def test_installed_backends_are_found_and_broken_ones_left_out(three, monkeypatch):
+    good = SimpleNamespace(name="stranger", value="a:b", load=Doubled)
+    bad = SimpleNamespace(name="broken", value="c:d", load=lambda: 1 / 0)
+    monkeypatch.setattr(dispatch, "entry_points", lambda group: [bad, good])
+    monkeypatch.setattr(dispatch, "_found_entry_points", False)
+    with pytest.warns(UserWarning, match=r"backend broken \(c:d\) is left out: ZeroDivisionError"):
+        names = list(moe_lora.backends())
+    assert names == ["absent", "picky", "stranger", "reference"]
